@@ -1,0 +1,48 @@
+"""Many texts and few or no labels to a model that can be trusted.
+
+The public names below are loaded when they are first used, so that `import llmlabel` needs neither
+torch nor transformers nor vLLM.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "LabelSpace": "labelspace",
+    "load_labels": "labelspace",
+    "save_labels": "labelspace",
+    "load": "data",
+    "save": "data",
+    "first_words": "data",
+    "split": "data",
+    "part": "data",
+    "SoftLabels": "softlabels",
+    "HFEngine": "engine.hf",
+    "VLLMEngine": "engine.vllm",
+    "CachedEngine": "engine.cache",
+    "label_direct": "label.direct",
+    "label_embedding": "label.embedding",
+    "batch_calibration": "refine.debias",
+    "content_free_calibration": "refine.debias",
+    "aggregate": "refine.aggregate",
+    "keep_confident": "select",
+    "train_classifier": "train.classifier",
+    "predict": "train.classifier",
+    "fit_temperature": "calibrate.temperature",
+    "apply_temperature": "calibrate.temperature",
+    "fit_conformal": "calibrate.conformal",
+    "predict_sets": "calibrate.conformal",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - one table, not two
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmlabel' has no attribute {name!r}")
+    return getattr(import_module(f"llmlabel.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Gold rows turn probabilities into guarantees."""

@@ -1,0 +1,206 @@
+"""The command line: run a recipe, check it, print it as Python; and verbs for the shipped ones.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llmlabel.recipe import Recipe, Results
+
+_VERBS = ("label", "train", "calibrate", "report")
+_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+app = typer.Typer(
+    name="llmlabel",
+    help="Many texts and few or no labels to a model that can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_RecipePath = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME[.ARGUMENT]=VALUE",
+        help="Replaces a variable, or an argument of its call; values are YAML.",
+        show_default=False,
+    ),
+]
+_Output = Annotated[Path, typer.Option(help="The folder of all runs.")]
+_Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="A package besides llmlabel that the recipe may call.", show_default=False),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Compute everything again.")]
+
+
+def main() -> None:
+    """The entry point of `llmlabel`."""
+    app()
+
+
+def _version(value: bool) -> None:  # noqa: FBT001  (the signature of a typer callback)
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"llmlabel {version('llmlabel')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: _RecipePath,
+    overrides: _Overrides = None,
+    output: _Output = Path("runs"),
+    allow: _Allow = None,
+    *,
+    force: _Force = False,
+) -> None:
+    """Runs a recipe; the same command again continues where it stopped."""
+    _run(recipe, overrides or [], output, allow or [], force=force)
+
+
+@app.command()
+def check(recipe: _RecipePath, overrides: _Overrides = None, allow: _Allow = None) -> None:
+    """Checks a recipe against the signatures of what it calls, without running anything."""
+    with _errors_in_one_line():
+        from llmlabel.recipe import check as check_recipe
+
+        loaded = _load(recipe, overrides or [], allow or [])
+        check_recipe(loaded, allow or [])
+        typer.echo(f"{loaded.path.name}: {len(loaded.assignments)} variables fit; nothing was run")
+
+
+@app.command()
+def python(
+    recipe: _RecipePath,
+    overrides: _Overrides = None,
+    output: _Output = Path("runs"),
+    allow: _Allow = None,
+) -> None:
+    """Prints a recipe as a Python program that computes the same."""
+    with _errors_in_one_line():
+        from llmlabel.recipe import to_python
+
+        loaded = _load(recipe, overrides or [], allow or [])
+        typer.echo(to_python(loaded, output, allow=allow or []), nl=False)
+
+
+def _verb(name: str) -> Callable[..., None]:
+    def verb(
+        overrides: _Overrides = None,
+        output: _Output = Path("runs"),
+        allow: _Allow = None,
+        *,
+        force: _Force = False,
+    ) -> None:
+        _run(name, overrides or [], output, allow or [], force=force)
+
+    verb.__doc__ = f"Runs the shipped recipe {name}.yaml; `llmlabel python {name}` prints it."
+    return verb
+
+
+for _name in _VERBS:
+    app.command(_name)(_verb(_name))
+
+
+def _run(recipe: str, overrides: list[str], output: Path, allow: list[str], *, force: bool) -> None:
+    with _errors_in_one_line():
+        from llmlabel import progress
+        from llmlabel.recipe import run as run_recipe
+
+        loaded = _load(recipe, overrides, allow)
+        progress.show()
+        results = run_recipe(loaded, output=output, allow=allow, force=force)
+        if os.environ.get("RANK", "0") == "0":
+            _show(loaded, results, output / loaded.name)
+
+
+def _load(recipe: str, overrides: list[str], allow: list[str]) -> "Recipe":
+    from llmlabel.recipe import load_recipe
+
+    if allow:
+        sys.path.append(str(Path.cwd()))  # at the end: it can hide nothing that is installed
+    return load_recipe(recipe, overrides)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What went wrong, on stderr, for a person; only what nobody foresaw shows its traceback."""
+    _quiet()
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command continues", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        typer.echo(f"error: {lines[0]}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _quiet() -> None:
+    """Other libraries say nothing unless the environment asks; ours say what a run does."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for bars in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{bars}_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="llmlabel")
+        warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    log = logging.getLogger("llmlabel")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def _show(recipe: "Recipe", results: "Results", folder: Path) -> None:
+    """The variables of a run, and the numbers of every result that has a `summary`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmlabel.keep import read_json
+
+    width = None if sys.stdout.isatty() else 160  # a log has no width of its own
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    notes: dict[str, Any] = (read_json(folder / "run.json") or {})["variables"]
+    table = Table("variable", "state", "seconds", "where", title=recipe.path.name)
+    for name, note in notes.items():
+        if note["state"] in ("kept", "computed"):
+            seconds = f"{note['seconds']:.1f}" if "seconds" in note else ""
+            table.add_row(name, note["state"], seconds, str(folder / name))
+    console.print(table)
+    for name, note in notes.items():
+        value = results[name] if note.get("kind") == "json" else None
+        if isinstance(value, dict) and isinstance(value.get("summary"), dict):
+            summary = Table(name, "")
+            for key, number in value["summary"].items():
+                shown = f"{number:.4g}" if isinstance(number, float) else str(number)
+                summary.add_row(str(key), shown)
+            console.print(summary)

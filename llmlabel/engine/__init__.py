@@ -1,0 +1,75 @@
+"""Who runs a language model: two verbs, `generate` and `score`, for every backend.
+
+`score` is the one that labelling stands on: the probability of every label string as the whole
+reply, so that a label that is a prefix of another is scored right.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from llmlabel.prompt import Chat
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said to one chat; `error` says why it could not be read."""
+
+    text: str
+    finish_reason: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Natural-log joint probability of each label as the whole reply to each chat."""
+
+    log_probs: Float[np.ndarray, "rows labels"]
+    errors: list[str | None] = field(default_factory=list)
+    """One message or None per row; the row is scored all the same unless it holds -inf."""
+
+    @property
+    def label_mass(self) -> Float[np.ndarray, " rows"]:
+        """Probability that the model answers inside the label set."""
+        return np.minimum(np.exp(self.log_probs).sum(axis=1), 1.0)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What labelling and taxonomies ask of a backend."""
+
+    name: str
+    """Backend, model and number format: part of the provenance of every row."""
+
+    def generate(
+        self,
+        chats: Sequence[Chat],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        schema: dict[str, Any] | None = None,
+    ) -> list[Reply]:
+        """One reply per chat; `schema` restricts it to JSON of that schema where supported."""
+        ...
+
+    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
+        """The joint probability of each label as the reply."""
+        ...
+
+
+def refuse_many_processes(engine: str) -> None:
+    """Engines run in one process; training runs in many.
+
+    Raises:
+        RuntimeError: under `accelerate launch` or `torchrun` with more than one process.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RuntimeError(
+            f"{engine}: started in {processes} processes; label first, then train: run the recipe "
+            "once in one process, then launch the same command in many"
+        )

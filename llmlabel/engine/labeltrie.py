@@ -1,0 +1,149 @@
+"""The tokens of all labels as one trie: what they share is read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+_CONTEXT = [{"role": "user", "content": "x"}]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTrie:
+    """Inner nodes of the trie; node 0 is the root, a parent stands before its children.
+
+    A label's reply is the path to its last inner node and then `last_token`, the end-of-turn token
+    in practice. An inner node is read when the model's next-token probabilities there are wanted.
+    """
+
+    tokens: Int[np.ndarray, " nodes"]
+    """Token that leads to a node; -1 for the root."""
+    parents: Int[np.ndarray, " nodes"]
+    depths: Int[np.ndarray, " nodes"]
+    last_node: Int[np.ndarray, " labels"]
+    last_token: Int[np.ndarray, " labels"]
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]]) -> "LabelTrie":
+        """The trie of token sequences, each with the end token.
+
+        Raises:
+            ValueError: two labels have the same tokens, or a label has none.
+        """
+        children: dict[tuple[int, int], int] = {}
+        tokens, parents, depths = [-1], [0], [0]
+        ends: dict[tuple[int, int], int] = {}
+        for label, sequence in enumerate(sequences):
+            if len(sequence) < 2:
+                raise ValueError(f"label number {label} has no tokens before the end token")
+            node = 0
+            for token in sequence[:-1]:
+                key = (node, token)
+                if key not in children:
+                    children[key] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    depths.append(depths[node] + 1)
+                node = children[key]
+            other = ends.setdefault((node, sequence[-1]), label)
+            if other != label:
+                raise ValueError(
+                    f"labels number {other} and {label} have the same tokens; rename one"
+                )
+        last = np.array(list(ends), dtype=np.int64).reshape(-1, 2)
+        return LabelTrie(
+            tokens=np.array(tokens, dtype=np.int64),
+            parents=np.array(parents, dtype=np.int64),
+            depths=np.array(depths, dtype=np.int64),
+            last_node=last[:, 0],
+            last_token=last[:, 1],
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def children(self) -> list[list[int]]:
+        """Per node the token ids whose probability is needed there, ascending."""
+        wanted: list[set[int]] = [set() for _ in self.tokens]
+        for node in range(1, len(self)):
+            wanted[self.parents[node]].add(int(self.tokens[node]))
+        for node, token in zip(self.last_node, self.last_token, strict=True):
+            wanted[node].add(int(token))
+        return [sorted(tokens) for tokens in wanted]
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from the root to a node."""
+        tokens: list[int] = []
+        while node:
+            tokens.append(int(self.tokens[node]))
+            node = int(self.parents[node])
+        return tokens[::-1]
+
+    def ancestors(self) -> Bool[np.ndarray, "nodes nodes"]:
+        """Which nodes stand on the path to a node, itself included: a tree-attention mask."""
+        above = np.eye(len(self), dtype=bool)
+        for node in range(1, len(self)):  # parents come first, so their rows are complete
+            above[node] |= above[self.parents[node]]
+        return above
+
+    def parts(self, max_nodes: int) -> list[tuple[Int[np.ndarray, " some_labels"], "LabelTrie"]]:
+        """The labels in groups whose own tries have at most `max_nodes` nodes where possible.
+
+        Neighbours in token order share a group, so little of what they share is read twice.
+        """
+        if len(self) <= max_nodes:
+            return [(np.arange(len(self.last_node)), self)]
+        paths = [[*self.path(int(n)), int(t)] for n, t in zip(self.last_node, self.last_token, strict=True)]
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        groups: list[list[int]] = [[]]
+        nodes, previous = 1, list[int]()
+        for label in order:
+            inner = paths[label][:-1]
+            shared = next((i for i, (a, b) in enumerate(zip(inner, previous, strict=False)) if a != b), min(len(inner), len(previous)))
+            if groups[-1] and nodes + len(inner) - shared > max_nodes:
+                groups.append([])
+                nodes, shared = 1, 0
+            nodes += len(inner) - shared
+            groups[-1].append(label)
+            previous = inner
+        return [(np.array(g), LabelTrie.of([paths[label] for label in g])) for g in groups]
+
+    def joint(
+        self, log_probs: Float[np.ndarray, "rows nodes"], ends: Float[np.ndarray, "rows labels"]
+    ) -> Float[np.ndarray, "rows labels"]:
+        """Joint log-probability of every label.
+
+        Args:
+            log_probs: of each node's own token, given the path to its parent; the root's is 0.
+            ends: of each label's last token, given the path to its last node.
+        """
+        path = log_probs.copy()
+        for node in range(1, len(self)):
+            path[:, node] += path[:, self.parents[node]]
+        return path[:, self.last_node] + ends
+
+
+@lru_cache(maxsize=16)
+def label_trie(tokenizer: Any, labels: tuple[str, ...]) -> LabelTrie:
+    """The trie of `labels` as replies, tokenized where a reply starts.
+
+    The end token is the tokenizer's end of turn. Where a tokenizer joins the label with what stands
+    before it, the label's own tokens are used.
+    """
+    start = tokenizer.apply_chat_template(_CONTEXT, tokenize=False, add_generation_prompt=True)
+    before = list(tokenizer(start, add_special_tokens=False).input_ids)
+    joined = tokenizer([start + label for label in labels], add_special_tokens=False).input_ids
+    alone = tokenizer(list(labels), add_special_tokens=False).input_ids
+    sequences = []
+    for label, whole, own in zip(labels, joined, alone, strict=True):
+        tokens = whole[len(before) :] if list(whole[: len(before)]) == before else own
+        if not tokens:
+            raise ValueError(f"label {label!r} has no tokens for this model; rename it")
+        sequences.append([*tokens, tokenizer.eos_token_id])
+    try:
+        return LabelTrie.of(sequences)
+    except ValueError as error:
+        raise ValueError(f"{error} (labels: {list(labels)[:5]} ...)") from None

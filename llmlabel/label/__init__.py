@@ -1,0 +1,1 @@
+"""Texts + label space -> soft labels."""

@@ -1,0 +1,321 @@
+"""Every number of a report: the sources side by side, on the rows that are measured."""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Bool, Float, Int
+
+from llmlabel import metrics
+from llmlabel.data import gold_index, gold_matrix, require_columns
+from llmlabel.labelspace import LabelSpace
+from llmlabel.softlabels import SoftLabels
+
+MOST_LABELS = 20
+"""So many labels are shown one by one; the rest is summed."""
+
+MOST_POINTS = 200
+"""Of a curve."""
+
+RELIABILITY_BINS = 10
+
+NO_LABEL = "no label"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What a report is about; all tables have the rows of the student's, in its order."""
+
+    tables: dict[str, Dataset]
+    soft: dict[str, SoftLabels]
+    labels: LabelSpace
+    student: str
+    befores: dict[str, str]
+    split: str | None
+    alpha: float | None
+    measured: Int[np.ndarray, " measured"]
+    """Rows of the split."""
+    rows: Int[np.ndarray, " gold_rows"]
+    """Those of `measured` whose gold is known."""
+    gold: Int[np.ndarray, " gold_rows"] | Bool[np.ndarray, "gold_rows labels"]
+    """A label id each (-1: none of them); in a multi-label space whether each label is true."""
+    sets: list[list[int]] | None
+    groups: Int[np.ndarray, " labels"]
+    """The line of a table or plot that each label belongs to."""
+    lines: list[str]
+    """Their names: labels, then one for all labels that are too many to show."""
+
+    @property
+    def table(self) -> Dataset:
+        """The student's."""
+        return self.tables[self.student]
+
+    @property
+    def single_gold(self) -> bool:
+        """Whether there is exactly one true answer to compare with."""
+        return len(self.rows) > 0 and not self.labels.multilabel
+
+    @property
+    def left_out(self) -> int:
+        """Number of labels that share the last line."""
+        return len(self.labels) - MOST_LABELS if len(self.labels) > len(self.lines) else 0
+
+    def by_line(self, values: Float[np.ndarray, " labels"]) -> list[float]:
+        """Values of the labels, summed by line."""
+        return np.bincount(self.groups, weights=values).tolist()
+
+    def lines_of(self, ids: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+        """The line of each label; of -1 the line after the last."""
+        return np.append(self.groups, len(self.lines))[ids]
+
+
+def gather(
+    sources: dict[str, Dataset],
+    labels: LabelSpace,
+    *,
+    student: str,
+    befores: dict[str, str],
+    split: str | None,
+    alpha: float | None,
+) -> Run:
+    """Checks that the sources fit together, and brings their rows into one order."""
+    if not sources:
+        raise ValueError("there are no sources; give at least the student's table")
+    known = ", ".join(map(repr, sources))
+    for what, name in [("student", student)] + [
+        ("baselines", name) for pair in befores.items() for name in pair
+    ]:
+        if name not in sources:
+            raise ValueError(f"{what}: {name!r} is no source; the sources are {known}")
+    for name, table in sources.items():
+        try:
+            require_columns(table, "id", "text", "label_ids", "label_probs", "label_space")
+        except ValueError as error:
+            raise ValueError(f"source {name!r}: {error}") from None
+    tables = {
+        name: _in_order(table, name, sources[student], student) for name, table in sources.items()
+    }
+    table = tables[student]
+    soft = {name: SoftLabels.from_dataset(one, labels) for name, one in tables.items()}
+    measured = _measured(table, split)
+    rows, gold = _gold(tables, table, measured, labels)
+    share = np.asarray(soft[student].probs[measured].sum(axis=0))
+    if len(rows):
+        share = _indicator(gold, labels).sum(axis=0)
+    groups, lines = _lines(labels, share)
+    sets = None
+    if "set_ids" in table.column_names:
+        sets = [ids or [] for ids in table["set_ids"][:]]
+    return Run(
+        *(tables, soft, labels, student, befores, split, alpha),
+        *(measured, rows, gold, sets, groups, lines),
+    )
+
+
+def _in_order(table: Dataset, name: str, first: Dataset, first_name: str) -> Dataset:
+    ids, wanted = table["id"][:], first["id"][:]
+    if ids == wanted:
+        return table
+    position = {id: row for row, id in enumerate(ids)}
+    for one, other, these, those in [
+        (name, first_name, set(wanted) - set(ids), wanted),
+        (first_name, name, set(ids) - set(wanted), ids),
+    ]:
+        if these:
+            example = next(id for id in those if id in these)
+            raise ValueError(
+                f"source {one!r} lacks {len(these)} rows of source {other!r}, the first has id "
+                f"{example!r}; label the same rows with both"
+            )
+    return table.select([position[id] for id in wanted])
+
+
+def _measured(table: Dataset, split: str | None) -> Int[np.ndarray, " measured"]:
+    if split is None:
+        return np.arange(len(table))
+    require_columns(table, "split")
+    splits = table["split"][:]
+    rows = np.flatnonzero(np.array([name == split for name in splits], dtype=bool))
+    if not rows.size:
+        raise ValueError(
+            f"split {split!r} has no rows; the splits and rows are {dict(Counter(splits))}"
+        )
+    return rows
+
+
+def _gold(
+    tables: dict[str, Dataset],
+    table: Dataset,
+    measured: Int[np.ndarray, " measured"],
+    labels: LabelSpace,
+) -> tuple[
+    Int[np.ndarray, " gold_rows"],
+    Int[np.ndarray, " gold_rows"] | Bool[np.ndarray, "gold_rows labels"],
+]:
+    """Rows with known gold and their gold; of the student's table, else of the first that has it."""
+    for one in (table, *tables.values()):
+        if "gold" in one.column_names:
+            given = one.select(measured)["gold"][:]
+            rows = measured[np.array([ids is not None for ids in given], dtype=bool)]
+            known = one.select(rows)
+            matrix = gold_matrix(known, labels)  # also checks the ids
+            return rows, matrix if labels.multilabel else gold_index(known)
+    return measured[:0], np.zeros(0, dtype=np.int64)
+
+
+def _lines(
+    labels: LabelSpace, share: Float[np.ndarray, " labels"] | Int[np.ndarray, " labels"]
+) -> tuple[Int[np.ndarray, " labels"], list[str]]:
+    names = names_of(labels)
+    if len(labels) <= MOST_LABELS + 1:
+        return np.arange(len(labels)), names
+    most = np.argsort(-share, kind="stable")[:MOST_LABELS]
+    groups = np.full(len(labels), MOST_LABELS)
+    groups[most] = np.arange(MOST_LABELS)
+    rest = f"{len(labels) - MOST_LABELS} other labels"
+    return groups, [*(names[label] for label in most), rest]
+
+
+def names_of(labels: LabelSpace) -> list[str]:
+    """Names, with the id where two labels have the same name."""
+    times = Counter(labels.names)
+    pairs = zip(labels.names, labels.ids, strict=True)
+    return [name if times[name] == 1 else f"{name} ({id})" for name, id in pairs]
+
+
+def _indicator(
+    gold: Int[np.ndarray, " rows"] | Bool[np.ndarray, "rows labels"], labels: LabelSpace
+) -> Bool[np.ndarray, "rows labels"]:
+    return gold if gold.ndim == 2 else gold[:, None] == np.arange(len(labels))
+
+
+def _dense(run: Run, name: str) -> Float[np.ndarray, "gold_rows labels"]:
+    return run.soft[name].probs[run.rows].astype(np.float64).toarray()
+
+
+def measure(run: Run, name: str) -> dict[str, Any]:
+    """How good the first label and the probabilities of a source are."""
+    result: dict[str, Any] = {"before": run.befores.get(name), "gold_rows": len(run.rows)}
+    if not len(run.rows):
+        return result
+    probs, gold = _dense(run, name), run.gold
+    if run.labels.multilabel:
+        said = probs >= 0.5
+        return result | {
+            "micro_f1": metrics.micro_f1(said, gold),
+            "macro_f1": metrics.macro_f1_multilabel(said, gold),
+        }
+    said = metrics.predicted(probs)
+    accuracy = metrics.accuracy(probs, gold)
+    low, high = metrics.binomial_interval(round(accuracy * len(gold)), len(gold))
+    return result | {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "macro_f1": metrics.macro_f1(said, gold, len(run.labels)),
+        "nll": metrics.nll(probs, gold),
+        "brier": metrics.brier(probs, gold),
+        "ece": metrics.ece(probs, gold),
+        "aurc": metrics.aurc(probs.max(axis=1), said == gold),
+    }
+
+
+def coverage(run: Run) -> dict[str, Any] | None:
+    """How large the student's sets are, and how many hold the true label; None without sets."""
+    if run.sets is None:
+        return None
+    sizes = np.array([len(ids) for ids in run.sets], dtype=np.int64)
+    here = sizes[run.measured]
+    result: dict[str, Any] = {
+        "target": None if run.alpha is None else 1 - run.alpha,
+        "measured_rows": len(here),
+        "sizes": np.bincount(here).tolist(),
+        "mean_set_size": float(here.mean()),
+        "empty_sets": float((here == 0).mean()),
+        "rows_for_a_human": int((here != 1).sum()),
+        "all_rows": len(sizes),
+        "all_rows_for_a_human": int((sizes != 1).sum()),
+    }
+    if not run.single_gold:
+        return result
+    sets = np.zeros((len(run.rows), len(run.labels)), dtype=bool)
+    for at, row in enumerate(run.rows):
+        sets[at, run.sets[row]] = True
+    result |= _covered(sets, run.gold)
+    result["classes"] = {
+        name: _covered(sets[there], run.gold[there])
+        for line, name in enumerate([*run.lines, NO_LABEL])
+        if (there := run.lines_of(run.gold) == line).any()
+    }
+    return result
+
+
+def _covered(
+    sets: Bool[np.ndarray, "rows labels"], gold: Int[np.ndarray, " rows"]
+) -> dict[str, Any]:
+    share = metrics.coverage(sets, gold)
+    covered = round(share * len(gold))
+    low, high = metrics.binomial_interval(covered, len(gold))
+    return {
+        "rows": len(gold),
+        "covered": covered,
+        "coverage": share,
+        "coverage_low": low,
+        "coverage_high": high,
+        "set_size": metrics.set_size(sets),
+    }
+
+
+def confusion(run: Run) -> dict[str, Any] | None:
+    """Counts of the student's answers (columns) by true label (rows), unlabelled ones included."""
+    if not run.single_gold:
+        return None
+    said = run.lines_of(metrics.predicted(_dense(run, run.student)))
+    lines = [*run.lines, NO_LABEL]
+    counts = metrics.confusion(said, run.lines_of(run.gold), len(lines))
+    rows, columns = (len(lines) - (not counts[-1].any()), len(lines) - (not counts[:, -1].any()))
+    return {
+        "gold": lines[:rows],
+        "predicted": lines[:columns],
+        "counts": counts[:rows, :columns].tolist(),
+    }
+
+
+def label_bias(run: Run) -> dict[str, Any]:
+    """Mean share of each label, per source over the measured rows that it labelled, and of gold."""
+    result: dict[str, Any] = {"labels": run.lines, "gold": None, "sources": {}}
+    if len(run.rows):
+        result["gold"] = run.by_line(_indicator(run.gold, run.labels).mean(axis=0))
+    for name, soft in run.soft.items():
+        probs = soft.probs[run.measured]
+        labelled = max(int((np.diff(probs.indptr) > 0).sum()), 1)
+        result["sources"][name] = run.by_line(np.asarray(probs.sum(axis=0)) / labelled)
+    return result
+
+
+def curves(run: Run) -> dict[str, Any]:
+    """Reliability diagram and risk-coverage curve of the student; None where they have no meaning."""
+    if not run.single_gold:
+        return {"reliability": None, "risk_coverage": None}
+    probs = _dense(run, run.student)
+    correct = metrics.predicted(probs) == run.gold
+    kept, risk = metrics.risk_coverage(probs.max(axis=1), correct)
+    some = np.unique(np.linspace(0, len(kept) - 1, MOST_POINTS).round().astype(int))
+    mean, share, rows = metrics.reliability(probs, run.gold, bins=RELIABILITY_BINS)
+    return {
+        "reliability": {"confidence": mean, "correct": share, "rows": rows},
+        "risk_coverage": {"kept": kept[some], "risk": risk[some]},
+    }
+
+
+def overlap(run: Run) -> int | None:
+    """Number of measured rows whose words also stand in another split, whatever their case."""
+    if run.split is None:
+        return None
+    texts = [" ".join(re.findall(r"\w+", text.lower())) for text in run.table["text"]]
+    here = set(run.measured.tolist())
+    others = {text for row, text in enumerate(texts) if row not in here}
+    return sum(texts[row] in others for row in run.measured)

@@ -1,0 +1,158 @@
+"""How good predictions, probabilities and prediction sets are: pure functions of numpy arrays.
+
+`gold` holds one label id a row; -1 means none of these labels, which nothing predicts right.
+A row of `probs` that is all 0 has no prediction (its reply could not be read): it counts as wrong.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Probs = Float[np.ndarray, "rows labels"]
+LabelIds = Int[np.ndarray, " rows"]
+Sets = Bool[np.ndarray, "rows labels"]
+
+
+def predicted(probs: Probs) -> LabelIds:
+    """The most probable label of each row (of equal ones the lowest id); -1 for a row of zeros."""
+    return np.where(probs.max(axis=1) > 0, probs.argmax(axis=1), -1)
+
+
+def accuracy(probs: Probs, gold: LabelIds) -> float:
+    """Share of rows whose most probable label is the gold one."""
+    return float(_correct(probs, gold).mean())
+
+
+def confusion(predicted: LabelIds, gold: LabelIds, labels: int) -> Int[np.ndarray, "labels labels"]:
+    """Number of rows by gold label (row) and predicted label (column).
+
+    Rows without a prediction or without a gold label are in no cell.
+    """
+    known = (predicted >= 0) & (gold >= 0)
+    cells = gold[known] * labels + predicted[known]
+    return np.bincount(cells, minlength=labels * labels).reshape(labels, labels)
+
+
+def macro_f1(predicted: LabelIds, gold: LabelIds, labels: int) -> float:
+    """Mean F1 of the labels; a label that is neither predicted nor gold anywhere is left out.
+
+    A prediction for a row of no gold label is a false positive of the label predicted.
+    """
+    hits = np.bincount(gold[(predicted == gold) & (gold >= 0)], minlength=labels)
+    guesses = np.bincount(predicted[predicted >= 0], minlength=labels)
+    return _macro_f1(hits, guesses + np.bincount(gold[gold >= 0], minlength=labels))
+
+
+def nll(probs: Probs, gold: LabelIds, *, floor: float = 1e-12) -> float:
+    """Mean negative log-likelihood in nats; the probability of gold counts as at least `floor`.
+
+    A row whose gold is none of these has the likelihood `floor`.
+    """
+    return float(-np.log(np.maximum(_gold_probs(probs, gold), floor)).mean())
+
+
+def brier(probs: Probs, gold: LabelIds) -> float:
+    """Brier score, multi-class: mean over rows of the summed squared error, between 0 and 2.
+
+    A row whose gold is none of these has the target 0 for every label.
+    """
+    targets = gold[:, None] == np.arange(probs.shape[1])
+    return float(((probs.astype(np.float64) - targets) ** 2).sum(axis=1).mean())
+
+
+def reliability(
+    probs: Probs, gold: LabelIds, *, bins: int = 15
+) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"], Int[np.ndarray, " bins"]]:
+    """Mean confidence, accuracy and number of rows in equal-width bins of the top probability.
+
+    Bin i is (i/bins, (i+1)/bins]; 0 belongs to the first. An empty bin has NaN, NaN and 0.
+    """
+    confidence = probs.max(axis=1).astype(np.float64)
+    # Against the edges themselves: confidence * bins would round 0.2 * 15 up into the next bin.
+    edges = np.arange(1, bins) / bins
+    index = np.searchsorted(edges, confidence, side="left")
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        mean_confidence = np.bincount(index, weights=confidence, minlength=bins) / count
+        mean_correct = np.bincount(index, weights=_correct(probs, gold), minlength=bins) / count
+    return mean_confidence, mean_correct, count
+
+
+def ece(probs: Probs, gold: LabelIds, *, bins: int = 15) -> float:
+    """Expected calibration error of the top probability, Guo et al. 2017 (arXiv 1706.04599), eq. 3."""
+    confidence, correct, count = reliability(probs, gold, bins=bins)
+    filled = count > 0
+    gap = np.abs(confidence[filled] - correct[filled])
+    return float((gap * count[filled]).sum() / count.sum())
+
+
+def risk_coverage(
+    confidence: Float[np.ndarray, " rows"], correct: Bool[np.ndarray, " rows"]
+) -> tuple[Float[np.ndarray, " levels"], Float[np.ndarray, " levels"]]:
+    """Error rate of the rows that are at least so confident, against the share of such rows.
+
+    One point for each distinct confidence, the most confident first; rows of equal confidence enter
+    together, so the order of the rows changes nothing.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    falling = confidence[order]
+    last = np.append(np.flatnonzero(np.diff(falling) != 0), len(falling) - 1)
+    accepted = last + 1
+    errors = np.cumsum(~correct[order])[last]
+    return accepted / len(falling), errors / accepted
+
+
+def aurc(confidence: Float[np.ndarray, " rows"], correct: Bool[np.ndarray, " rows"]) -> float:
+    """Area under the risk-coverage curve: mean risk over all coverages, lower is better.
+
+    Geifman et al. 2019 (arXiv 1805.08206). Differs from the paper: rows of equal
+    confidence enter together, each at the risk of their group, instead of in the order they have.
+    """
+    coverages, risks = risk_coverage(confidence, correct)
+    return float((np.diff(coverages, prepend=0.0) * risks).sum())
+
+
+def coverage(sets: Sets, gold: LabelIds) -> float:
+    """Share of rows whose set contains the gold label."""
+    inside = sets[np.arange(len(gold)), gold]  # -1 reads the last label and is masked
+    return float((inside & (gold >= 0)).mean())
+
+
+def set_size(sets: Sets) -> float:
+    """Mean number of labels in a set."""
+    return float(sets.sum(axis=1).mean())
+
+
+def binomial_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Exact confidence interval of a share (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, successes, trials - successes + 1) if successes > 0 else 0.0
+    high = beta.ppf(1 - tail, successes + 1, trials - successes) if successes < trials else 1.0
+    return float(low), float(high)
+
+
+def micro_f1(predicted: Sets, gold: Sets) -> float:
+    """F1 over all pairs of row and label together; 0 where nothing is predicted nor gold."""
+    total = predicted.sum() + gold.sum()
+    return float(2 * (predicted & gold).sum() / total) if total else 0.0
+
+
+def macro_f1_multilabel(predicted: Sets, gold: Sets) -> float:
+    """Mean F1 of the labels; a label that is neither predicted nor gold anywhere is left out."""
+    return _macro_f1((predicted & gold).sum(axis=0), predicted.sum(axis=0) + gold.sum(axis=0))
+
+
+def _macro_f1(hits: Int[np.ndarray, " labels"], total: Int[np.ndarray, " labels"]) -> float:
+    """Mean of 2 * true positives / (predicted + gold) over the labels that occur; 0 without any."""
+    occurs = total > 0
+    return float((2 * hits[occurs] / total[occurs]).mean()) if occurs.any() else 0.0
+
+
+def _correct(probs: Probs, gold: LabelIds) -> Bool[np.ndarray, " rows"]:
+    return (predicted(probs) == gold) & (gold >= 0)
+
+
+def _gold_probs(probs: Probs, gold: LabelIds) -> Float[np.ndarray, " rows"]:
+    picked = probs[np.arange(len(gold)), gold].astype(np.float64)  # -1 reads the last label
+    return np.where(gold >= 0, picked, 0.0)

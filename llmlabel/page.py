@@ -1,0 +1,273 @@
+"""The web page of a report: figures and tables of its numbers, in one file without scripts."""
+
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from llmlabel import plots
+from llmlabel.measure import Run
+
+MOST_MESSAGES = 20
+MOST_LISTED_LABELS = 200
+CELL_CHARACTERS = 300
+
+# Control characters, what reorders the text around it, halves of characters, non-characters.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+_COLUMNS = {
+    "accuracy": ("accuracy", True),
+    "micro_f1": ("micro F1", True),
+    "macro_f1": ("macro F1", True),
+    "nll": ("NLL", False),
+    "brier": ("Brier", False),
+    "ece": ("ECE", False),
+    "aurc": ("AURC", False),
+}
+"""Key -> name, and whether it is a share of which more is better."""
+
+
+def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, title: str) -> str:
+    """The page as text; `report` and `review` hold plain JSON values."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_clean, trim_blocks=False
+    )
+    environment.filters |= {
+        "percent": percent,
+        "decimals": lambda number, places: f"{number:.{places}f}",
+    }
+    template = (resources.files("llmlabel") / "report.html.jinja").read_text("utf-8")
+    bias = report["label_bias"]
+    provenance = report["provenance"]
+    return environment.from_string(template).render(
+        title=title,
+        student=run.student,
+        multilabel=run.labels.multilabel,
+        headline=_headline(run, report),
+        key=_key_facts(run, report),
+        all_rows=len(run.table),
+        labels=len(run.labels),
+        rows=len(run.measured),
+        split=run.split,
+        gold_rows=len(run.rows),
+        befores=run.befores,
+        columns={key: _COLUMNS[key] for key in _COLUMNS if key in report["sources"][run.student]},
+        left_out=run.left_out,
+        lines_shown=len(run.lines) - 1,
+        line_names=bias["labels"],
+        errors=_errors(report),
+        most_messages=MOST_MESSAGES,
+        label_list=provenance["labels"][:MOST_LISTED_LABELS],
+        labels_left_out=max(0, len(run.labels) - MOST_LISTED_LABELS),
+        card=list(_flat(provenance["model_card"] or {})),
+        report=report,
+        review=review,
+        figures=_figures(run, report),
+    )
+
+
+def percent(share: float) -> str:
+    """With one decimal and a thin space."""
+    return f"{100 * share:.1f}\u202f%"
+
+
+def _clean(value: Any) -> Any:
+    """Every value that enters the page; escaping follows."""
+    return _UNSAFE.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+def _headline(run: Run, report: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Parts of the sentence on top, and whether they are strong."""
+    numbers, sets = report["sources"][run.student], report["coverage"]
+    rows = f"{len(run.measured)} {run.split} rows" if run.split else f"{len(run.measured)} rows"
+    parts = [(run.student, False)]
+    if "accuracy" in numbers:
+        parts += [(" is right in ", False), (percent(numbers["accuracy"]), True)]
+        parts += [(f" of {rows}", False)]
+    elif "micro_f1" in numbers:
+        parts += [(" reaches a micro F1 of ", False), (percent(numbers["micro_f1"]), True)]
+        parts += [(f" on {rows}", False)]
+    else:
+        parts += [(f" labelled {rows}, whose true labels are not known", False)]
+    if sets is None:
+        return [*parts, (".", False)]
+    if "coverage" in sets:
+        parts += [("; its sets hold the true label in ", False), (percent(sets["coverage"]), True)]
+        parts += [(" of them, with ", False)]
+    else:
+        parts += [("; its sets have ", False)]
+    parts += [(f"{sets['mean_set_size']:.2f}", True), (" labels on average", False)]
+    if run.labels.multilabel:
+        return [*parts, (".", False)]
+    human = sets["rows_for_a_human"]
+    parts += [(", and ", False), (f"{human} rows", True)]
+    return [*parts, (f" ({percent(human / len(run.measured))}) need a human.", False)]
+
+
+def _key_facts(run: Run, report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and note of the numbers under the headline."""
+    numbers, sets = report["sources"][run.student], report["coverage"]
+    facts = []
+    if "accuracy" in numbers:
+        between = _between(numbers["accuracy_low"], numbers["accuracy_high"])
+        facts.append(("Accuracy", percent(numbers["accuracy"]), between))
+    if sets is None:
+        return facts
+    if "coverage" in sets:
+        note = _between(sets["coverage_low"], sets["coverage_high"])
+        if sets["target"] is not None:
+            note += f", target {100 * sets['target']:g}\u202f%"
+        facts.append(("Coverage of the sets", percent(sets["coverage"]), note))
+    empty = f"{percent(sets['empty_sets'])} are empty"
+    facts.append(("Labels in a set", f"{sets['mean_set_size']:.2f}", empty))
+    if not run.labels.multilabel:
+        note = f"of {len(run.measured)}: their set is not one label"
+        facts.append(("Rows for a human", str(sets["rows_for_a_human"]), note))
+    return facts
+
+
+def _between(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {percent(high)}"
+
+
+def _errors(report: dict[str, Any]) -> list[tuple[str, int, str]]:
+    return [
+        (name, rows, message)
+        for name, messages in report["errors"].items()
+        for message, rows in list(messages.items())[:MOST_MESSAGES]
+    ]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, one in value.items():
+            yield from _flat(one, f"{name}.{key}" if name else str(key))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        cut = len(text) > CELL_CHARACTERS
+        yield name, text[:CELL_CHARACTERS] + ("…" if cut else "")
+
+
+def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> data URI, text for who cannot see it, and whether it is wider than a phone."""
+    figures = {}
+    sets, matrix = report["coverage"], report["confusion"]
+    if len(run.rows):
+        figures["accuracies"] = _accuracies(run, report)
+    if report["reliability"]:
+        bins, curve = report["reliability"], report["risk_coverage"]
+        # null in the JSON of an empty bin
+        confidence, correct = (
+            np.array(bins[key], dtype=float) for key in ("confidence", "correct")
+        )
+        figures["reliability"] = {
+            "src": plots.reliability(confidence, correct, np.array(bins["rows"])),
+            "alt": "Reliability diagram. Mean confidence, share correct, rows: "
+            + "; ".join(
+                f"{percent(a)}, {percent(b)}, {n}"
+                for a, b, n in zip(confidence, correct, bins["rows"], strict=True)
+                if n
+            ),
+        }
+        figures["risk_coverage"] = {
+            "src": plots.risk_coverage(np.array(curve["kept"]), np.array(curve["risk"])),
+            "alt": "Risk-coverage curve. " + _risk_in_words(curve),
+        }
+    if sets:
+        figures["set_sizes"] = {
+            "src": plots.set_sizes(np.array(sets["sizes"])),
+            "alt": "Rows by size of their set: "
+            + ", ".join(f"{rows} of size {size}" for size, rows in enumerate(sets["sizes"][:12])),
+        }
+        if "coverage" in sets:
+            measured = plots.Measured(*(sets[f"coverage{end}"] for end in ("", "_low", "_high")))
+            figures["coverage"] = {
+                "src": plots.coverage(measured, target=sets["target"]),
+                "alt": f"Coverage {percent(measured.value)}, 95 % interval "
+                f"{_between(measured.low, measured.high)}.",
+            }
+    if matrix:
+        figures["confusion"] = {
+            "src": plots.confusion(
+                np.array(matrix["counts"]),
+                gold_names=matrix["gold"],
+                predicted_names=matrix["predicted"],
+            ),
+            "alt": "Confusion matrix. Rows right, by true label: "
+            + ", ".join(
+                f"{name} {row[at]} of {sum(row)}"
+                for at, (name, row) in enumerate(zip(matrix["gold"], matrix["counts"], strict=True))
+                if at < len(row)
+            ),
+            "wide": len(matrix["predicted"]) > 8,
+        }
+    return figures | _shares(run, report)
+
+
+def _risk_in_words(curve: dict[str, list[float]]) -> str:
+    kept = np.array(curve["kept"])
+    parts = []
+    for share in (0.5, 0.8, 1.0):
+        at = min(int(np.searchsorted(kept, share - 1e-9)), len(kept) - 1)
+        parts.append(f"{percent(curve['risk'][at])} wrong among {percent(kept[at])} of the rows")
+    return "; ".join(dict.fromkeys(parts)) + "."
+
+
+def _accuracies(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+    key = "micro_f1" if run.labels.multilabel else "accuracy"
+
+    def measured(name: str) -> plots.Measured:
+        numbers = report["sources"][name]
+        value = numbers[key]
+        low, high = numbers.get(f"{key}_low", value), numbers.get(f"{key}_high", value)
+        return plots.Measured(value, low, high)
+
+    names = [name for name in run.tables if name not in run.befores.values()]
+    names = names or list(run.tables)
+    rows = [
+        plots.Row(
+            name,
+            measured(name),
+            measured(run.befores[name]) if name in run.befores else None,
+            name == run.student,
+        )
+        for name in names
+    ]
+    said = [
+        f"{row.name} {percent(row.after.value)}"
+        + (f", before correction {percent(row.before.value)}" if row.before else "")
+        for row in rows
+    ]
+    quantity = _COLUMNS[key][0]
+    return {
+        "src": plots.accuracies(rows, quantity=quantity),
+        "alt": f"{quantity} of each source: {'; '.join(said)}.",
+    }
+
+
+def _shares(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    bias = report["label_bias"]
+    gold = None if bias["gold"] is None else np.array(bias["gold"])
+    shares = {name: np.array(values) for name, values in bias["sources"].items()}
+    limit = max(
+        [float(values.max()) for values in shares.values()]
+        + ([] if gold is None else [float(gold.max())])
+    )
+    return {
+        f"bias of {name}": {
+            "src": plots.shares(values, gold, names=bias["labels"], limit=limit or 1.0),
+            "alt": f"Mean share of each label, {name}: "
+            + ", ".join(
+                f"{label} {percent(share)}"
+                for label, share in zip(bias["labels"], values.tolist(), strict=True)
+            ),
+        }
+        for name, values in shares.items()
+    }

@@ -1,0 +1,1 @@
+"""Soft labels -> better or smaller ones."""

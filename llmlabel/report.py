@@ -1,0 +1,282 @@
+"""One report.json and one self-contained report.html of a run.
+
+How good each source is, what its probabilities and sets are worth, and which rows need a human.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from llmlabel import measure, page, select
+from llmlabel.data import commit
+from llmlabel.labelspace import LabelSpace
+
+LOW_MARGIN = 0.2
+"""Below this a row's margin is named as a reason to look at it."""
+
+TEXT_CHARACTERS = 240
+
+_PACKAGES = (
+    *("llmlabel", "numpy", "scipy", "scikit-learn", "torch", "transformers", "peft", "accelerate"),
+    *("datasets", "sentence-transformers", "vllm", "openai", "matplotlib", "jinja2"),
+)
+
+
+def write_report(  # noqa: PLR0913 - each argument is one choice of the person who reads the report
+    sources: dict[str, Dataset],
+    labels: LabelSpace,
+    *,
+    student: str,
+    output: Path,
+    baselines: dict[str, str] | None = None,
+    split: str | None = "test",
+    title: str = "llmlabel report",
+    alpha: float | None = None,
+    model: Path | None = None,
+    review_rows: int = 25,
+) -> dict[str, Any]:
+    """Measures every source and writes `report.json` and `report.html` into `output`.
+
+    Equal inputs give equal bytes: no time, no path and no random number is in them.
+
+    Args:
+        sources: Name to show -> table with soft labels; all tables have the same row ids.
+        labels: The label space of all of them.
+        student: The source whose probabilities, sets, confusions and uncertain rows are shown.
+        output: A folder; made where there is none.
+        baselines: Name of a source -> name of the same source before bias correction.
+        split: Only rows with this value in the column `split` are measured, and the gold of no
+            other row is read; `None` measures all rows.
+        title: Of the page.
+        alpha: Share of rows whose set may miss the true label, as given to `fit_conformal`.
+        model: A model folder, whose `model_card.json` is shown.
+        review_rows: How many of the most uncertain rows are listed.
+
+    Returns:
+        The content of report.json; `summary` maps flat names to the main numbers.
+
+    Raises:
+        ValueError: No sources, a name that is no source, tables of different rows, a split without
+            rows, or an alpha outside (0, 1).
+    """
+    if alpha is not None and not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
+    if review_rows < 0:
+        raise ValueError(f"review_rows must be 0 or more; got {review_rows}")
+    run = measure.gather(
+        sources, labels, student=student, befores=baselines or {}, split=split, alpha=alpha
+    )
+    review = _review(run, review_rows)
+    report: dict[str, Any] = {
+        "summary": {},
+        "sources": {name: measure.measure(run, name) for name in run.tables},
+        "coverage": measure.coverage(run),
+        "confusion": measure.confusion(run),
+        **measure.curves(run),
+        "label_bias": measure.label_bias(run),
+        "errors": {name: _errors(table) for name, table in run.tables.items()},
+        "review": [row["id"] for row in review],
+        "provenance": _provenance(run, model),
+        "overlap": measure.overlap(run),
+    }
+    report["summary"] = _summary(run, report)
+    report = _plain(report)
+    html = page.render(run, report, _plain(review), title=title)
+    content = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    commit(output / "report.json", lambda path: path.write_bytes(content.encode()))
+    commit(output / "report.html", lambda path: path.write_bytes(html.encode()))
+    return report
+
+
+def _summary(run: measure.Run, report: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "student": run.student,
+        "split": run.split or "all rows",
+        "rows": len(run.table),
+        "measured_rows": len(run.measured),
+        "labels": len(run.labels),
+    }
+    main = "micro_f1" if run.labels.multilabel else "accuracy"
+    for name, numbers in report["sources"].items():
+        if main in numbers:
+            summary[f"{main} of {name}"] = numbers[main]
+    student = report["sources"][run.student]
+    summary |= {key: student[key] for key in ("macro_f1", "ece", "nll", "aurc") if key in student}
+    for key in (
+        *("target", "coverage", "coverage_low", "coverage_high"),
+        *("mean_set_size", "empty_sets", "rows_for_a_human"),
+    ):
+        value = (report["coverage"] or {}).get(key)
+        if value is not None:
+            summary["target_coverage" if key == "target" else key] = value
+    return summary
+
+
+def _review(run: measure.Run, rows: int) -> list[dict[str, Any]]:
+    """The rows with the highest (1 - margin) + vote entropy; gold plays no part in it."""
+    voters = [name for name in run.tables if name not in run.befores.values()]
+    answers = {name: _answers(run, name) for name in voters}
+    codes: dict[tuple[int, ...] | None, int] = {None: -1}
+    for column in answers.values():
+        for answer in column:
+            codes.setdefault(answer, len(codes))
+    coded = np.array([[codes[answer] for answer in answers[name]] for name in voters]).T
+    margin = select.margins(run.soft[run.student])
+    score = np.round(1 - margin + select.vote_entropy(coded), 9)  # rounding must not break a tie
+    names = measure.names_of(run.labels)
+    gold = {int(row): run.gold[at] for at, row in enumerate(run.rows)}
+    errors = {name: _column(table, "error") for name, table in run.tables.items()}
+    found = []
+    for row in np.argsort(-score, kind="stable")[:rows].tolist():
+        why = [
+            f"{'error' if name == run.student else f'error of {name}'}: {_short(error[row], 90)}"
+            for name, error in errors.items()
+            if error[row]
+        ]
+        said = Counter(answers[name][row] for name in voters if answers[name][row] is not None)
+        if len(said) > 1:
+            votes = [f"{_listed(ids, names)} {n}" for ids, n in said.most_common()]
+            why.append(f"sources disagree ({', '.join(votes)})")
+        if run.sets is not None and len(run.sets[row]) != 1:
+            size = len(run.sets[row])
+            why.append(f"large set ({size} labels)" if size else "empty set")
+        if margin[row] < LOW_MARGIN:
+            why.append(f"low margin ({margin[row]:.2f})")
+        entry = run.table[row]
+        pairs = zip(entry["label_probs"] or [], entry["label_ids"] or [], strict=True)
+        found.append(
+            {
+                "id": entry["id"],
+                "text": _short(entry["text"] or "", TEXT_CHARACTERS),
+                "score": score[row],
+                "why": why or ["little left that is less certain"],
+                "labels": [(names[id], prob) for prob, id in sorted(pairs, reverse=True)[:3]],
+                "set": None if run.sets is None else [names[id] for id in run.sets[row][:10]],
+                "gold": _gold_names(gold[row], names) if row in gold else None,
+            }
+        )
+    return found
+
+
+def _answers(run: measure.Run, name: str) -> list[tuple[int, ...] | None]:
+    """What a source says: its first label, or every label of at least 0.5; None without a label."""
+    soft = run.soft[name]
+    probs = soft.probs if run.labels.multilabel else soft.top(1).probs
+    answers: list[tuple[int, ...] | None] = []
+    for start, end in zip(probs.indptr[:-1], probs.indptr[1:], strict=True):
+        ids = probs.indices[start:end]
+        if run.labels.multilabel:
+            ids = ids[probs.data[start:end] >= 0.5]
+        answers.append(tuple(ids.tolist()) if end > start else None)
+    return answers
+
+
+def _gold_names(gold: Any, names: list[str]) -> list[str]:
+    ids = np.flatnonzero(gold) if np.ndim(gold) else [gold] if gold >= 0 else []
+    return [names[id] for id in ids]
+
+
+def _listed(ids: tuple[int, ...], names: list[str]) -> str:
+    return " + ".join(_short(names[id], 30) for id in ids) or "none"
+
+
+def _short(text: str, characters: int) -> str:
+    """On one line, cut at a word."""
+    text = " ".join(text[: 8 * characters].split())  # what is cut away need not be split
+    if len(text) <= characters:
+        return text
+    head = text[: characters - 1]
+    return f"{head.rsplit(' ', 1)[0] if ' ' in head[characters // 2 :] else head} …"
+
+
+def _column(table: Dataset, name: str) -> list[Any]:
+    return table[name][:] if name in table.column_names else [None] * len(table)
+
+
+def _values(table: Dataset, name: str) -> list[str]:
+    return sorted({str(value) for value in _column(table, name) if value is not None})
+
+
+def _errors(table: Dataset) -> dict[str, int]:
+    """Rows by message, the most frequent first; numbers in a message are replaced by #."""
+    messages = Counter(
+        re.sub(r"\d+", "#", _short(error, 200)) for error in _column(table, "error") if error
+    )
+    return dict(sorted(messages.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _provenance(run: measure.Run, model: Path | None) -> dict[str, Any]:
+    labels = run.labels
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    card = model / "model_card.json" if model is not None else None
+    content = None
+    if card is not None and card.is_file():
+        try:
+            content = _portable(json.loads(card.read_text("utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{card}: not JSON: {error}; train the model again") from None
+    return {
+        "sources": {name: _origin(run, name) for name in run.tables},
+        "label_space": labels.fingerprint,
+        "multilabel": labels.multilabel,
+        "labels": [
+            {"id": id, "name": name, "description": description, "parents": list(parents)}
+            for id, name, description, parents in zip(
+                labels.ids, labels.names, labels.descriptions, labels.parents, strict=True
+            )
+        ],
+        "alpha": run.alpha,
+        "versions": versions,
+        "model_card": content,
+    }
+
+
+def _origin(run: measure.Run, name: str) -> dict[str, Any]:
+    table = run.tables[name]
+    weights = [value for value in _column(table, "weight") if value is not None]
+    masses = [value for value in _column(table, "label_mass") if value is not None]
+    votes = {vote["source"] for row in _column(table, "votes") for vote in row or []}
+    return {
+        "rows": len(table),
+        "rows_without_label": int((np.diff(run.soft[name].probs.indptr) == 0).sum()),
+        "engine": _values(table, "engine"),
+        "prompt_sha": _values(table, "prompt_sha"),
+        "mean_label_mass": float(np.mean(masses)) if masses else None,
+        "mean_weight": float(np.mean(weights)) if weights else None,
+        "votes_of": sorted(map(str, votes)),
+    }
+
+
+def _portable(value: Any) -> Any:
+    """A model card without what differs between machines and runs: folders and durations."""
+    if isinstance(value, dict):
+        kept = {key: one for key, one in value.items() if not key.endswith("seconds")}
+        return {key: _portable(one) for key, one in kept.items()}
+    if isinstance(value, list):
+        return [_portable(one) for one in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: no arrays, and null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Dataset with soft labels -> a model; every module here may run in many processes."""

