@@ -160,7 +160,9 @@ def _import(module_name: str, call: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
-            raise RecipeError(f"{call} {install_hint(error)}") from error
+            own = missing.partition(".")[0] == module_name.partition(".")[0]
+            problem = f"cannot be imported: {error}" if own else install_hint(error)
+            raise RecipeError(f"{module_name} {problem}") from error
         root = importlib.import_module("llmlabel").__path__[0]
         modules = [
             ".".join(("llmlabel", *path.relative_to(root).with_suffix("").parts))
@@ -181,7 +183,7 @@ def _value(scope: _Scope, where: str, value: Any, annotation: Any) -> Any:
         return call
     if not _has_parts(value):
         return _plain(scope, where, value, annotation)
-    _must_fit(scope, where, f"a {type(value).__name__}", type(value), annotation)
+    _must_fit(scope, where, "this", type(value), annotation)
     part = _part_annotation(annotation)
     if isinstance(value, dict):
         return {key: _value(scope, f"{where}.{key}", v, part) for key, v in value.items()}
@@ -341,7 +343,7 @@ def _plain(scope: _Scope, where: str, value: Any, annotation: Any) -> Any:
     raise scope.error(where, f"{value!r} does not fit {_show(annotation)}; {reason}")
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
+def _adapter(annotation: Any) -> Any:  # a TypeAdapter, which beartype does not read
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:  # a dataclass has a configuration of its own
@@ -351,7 +353,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 def _must_fit(scope: _Scope, where: str, what: str, given: Any, wanted: Any) -> None:
     have, want = _classes(given), _classes(wanted)
     if have and want and not any(issubclass(h, w) for h in have for w in want):
-        raise scope.error(where, f"{what} is {_show(given)}; expected {_show(wanted)}")
+        raise scope.error(where, f"{what} is a {_show(given)}; expected {_show(wanted)}")
 
 
 def _classes(annotation: Any) -> tuple[type, ...]:

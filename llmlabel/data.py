@@ -2,27 +2,20 @@
 
 `COLUMNS` says what each name means. A step declares what it reads with `require_columns`, adds
 columns with `with_columns`, drops none, and keeps the order of the rows and every column of the
-user's. Rows are joined by `id`. What a step computes row by row goes through `map_blocks`, every
-file is written by `commit`: a crash at any moment loses at most the block in work.
+user's. Rows are joined by `id`. What a step computes row by row goes through
+`llmlabel.blocks`, so that a crash loses at most the block in work.
 """
 
-import codecs
 import csv
 import difflib
-import errno
-import gzip
 import hashlib
 import json
-import os
 import re
-import shutil
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,9 +24,14 @@ from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.table import InMemoryTable
 from jaxtyping import Bool, Int
 
-from llmlabel import progress
+from llmlabel.files import (
+    arrow_table,
+    commit,
+    known_encodings,
+    read_parquet_table,
+    read_table,
+)
 from llmlabel.labelspace import LabelSpace
-from llmlabel.models import local_path
 
 COLUMNS: dict[str, str] = {
     "id": "string: key of the row, unique, survives every step",
@@ -65,14 +63,6 @@ _ADDED_BY = {
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
 }
-
-_FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson")
-_KNOWN = ".csv, .tsv, .jsonl, .ndjson (each also with .gz), .parquet, or a folder"
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.+)?")
-_MAX_FIELD = 2**31 - 1  # characters in a CSV field; the default of the csv module is 131,072
-
-
-# ---------------------------------------------------------------------------------- reading
 
 
 def load(
@@ -107,9 +97,9 @@ def load(
         raise ValueError(f"gold={gold!r} needs labels=, the label space that it refers to")
     if gold is None and labels is not None:
         raise ValueError("labels= is given without gold=; name the column with the true labels")
-    encodings = _encodings([encoding] if isinstance(encoding, str) else encoding)
+    encodings = known_encodings([encoding] if isinstance(encoding, str) else encoding)
     try:
-        table = _read(str(path), encodings)
+        table = read_table(str(path), encodings)
         if table.num_rows == 0:
             raise ValueError("there are no rows; give a file with at least one")
         table = _placed(table, "text", _texts(table, text), source=text)
@@ -124,224 +114,9 @@ def load(
 def read_parquet(path: Path) -> Dataset:
     """The dataset that `save` wrote to a .parquet file, without the cache of `datasets`."""
     try:
-        return Dataset(InMemoryTable(_parquet_table(path)))
+        return Dataset(InMemoryTable(read_parquet_table(path)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def arrow_table(dataset: Dataset) -> pa.Table:
-    """The rows of a dataset in their order; after a select, `dataset.data` holds the old ones."""
-    # In blocks: gathering selected rows costs one slice a row, too much memory for all at once.
-    blocks = dataset.with_format("arrow").iter(batch_size=10_000)
-    tables = [block.combine_chunks() for block in blocks]
-    schema = dataset.features.arrow_schema
-    return pa.concat_tables([schema.empty_table(), *tables]).replace_schema_metadata(
-        schema.metadata
-    )
-
-
-def _encodings(names: list[str]) -> list[str]:
-    if not names:
-        raise ValueError("encoding=[] is empty; try utf-8")
-    for name in names:
-        try:
-            by_line = _keeps_line_ends(name)
-        except LookupError:
-            raise ValueError(f"encoding={name!r} is unknown; try utf-8 or cp1252") from None
-        if len(names) > 1 and not by_line:
-            raise ValueError(f"encoding={name!r} cannot be mixed with others; give it alone")
-    return names
-
-
-def _keeps_line_ends(encoding: str) -> bool:
-    """Whether bytes can be cut into lines before they are decoded; not so in UTF-16."""
-    return "a\n".encode(encoding).endswith(b"a\n")
-
-
-def _read(path: str, encodings: list[str]) -> pa.Table:
-    place = local_path(path)
-    if place is None:
-        return _read_hub(path)
-    if place.is_dir():
-        return _read_folder(place, encodings)
-    name = place.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if name.endswith(".parquet"):
-        return _parquet_table(place)
-    if suffix not in _FILE_TYPES:
-        raise ValueError(f"unknown file type {place.suffix!r}; known are {_KNOWN}")
-    raw = place.read_bytes()
-    if name.endswith(".gz"):
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"not a whole .gz file ({error}); copy or download it again") from None
-    if not _keeps_line_ends(encodings[0]):
-        raw, encodings = _decode(raw, encodings, "the file").encode(), ["utf-8"]
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(raw, encodings, "," if suffix == ".csv" else "\t")
-    return _read_jsonl(raw, encodings)
-
-
-def _decode(raw: bytes, encodings: list[str], where: str) -> str:
-    failure = None
-    for encoding in encodings:
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError as error:
-            failure = failure or error
-    assert failure is not None
-    tried = " or ".join(encodings)
-    raise ValueError(
-        f"{where}: the byte 0x{raw[failure.start]:02x} at byte offset {failure.start} is not "
-        f"{tried}; say what it is, for example encoding: [utf-8, cp1252]"
-    )
-
-
-def _read_csv(raw: bytes, encodings: list[str], delimiter: str) -> pa.Table:
-    rows: list[list[str]] = []
-
-    def lines() -> Iterator[str]:
-        for number, line in enumerate(raw.splitlines(keepends=True), start=1):
-            where = f"data row {len(rows)}" if rows else "the header"
-            yield _decode(line, encodings, f"{where}, line {number}")
-
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(_MAX_FIELD)
-    line = 1  # where the row in work begins
-    try:
-        for row in reader:
-            if rows and row and len(row) != len(rows[0]):
-                raise ValueError(
-                    f"line {line} (data row {len(rows)}) has {len(row)} fields, the header has "
-                    f"{len(rows[0])}; put a field that holds {delimiter!r} in double quotes"
-                )
-            if row:
-                rows.append(row)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"the row that begins in line {line} is broken: {error}; put a field with quotes in "
-            "double quotes, and write each quote inside it twice"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    header, *rows = rows or [[]]
-    for name, count in Counter(header).items():
-        if count > 1:
-            raise ValueError(f"the header has the column {name!r} {count} times; rename one")
-    columns = zip(*rows, strict=True) if rows else [()] * len(header)
-    return _table(dict(zip(header, columns, strict=True)))
-
-
-def _read_jsonl(raw: bytes, encodings: list[str]) -> pa.Table:
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(raw.split(b"\n"), start=1):  # U+2028 is no end of a line
-        if not line.strip():
-            continue
-        content = _decode(line, encodings, f"data row {len(records) + 1}, line {number}")
-        try:
-            record = json.loads(content)
-            if "\\u" in content:  # half of a surrogate pair is no text that Arrow could hold
-                whole = json.dumps(record, ensure_ascii=False)
-                record = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", whole))
-        except ValueError as error:
-            raise ValueError(
-                f"line {number} is not JSON: {error}; write one object a line"
-            ) from None
-        if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise ValueError(f"line {number} holds a {kind}; write one JSON object {{...}} a line")
-        records.append(record)
-    names = dict.fromkeys(name for record in records for name in record)
-    return _table({name: [record.get(name) for record in records] for name in names})
-
-
-def _table(columns: dict[str, Iterable[Any]]) -> pa.Table:
-    arrays = {}
-    for name, column in columns.items():
-        values = list(column)
-        try:
-            array = pa.array(values)
-        except (pa.ArrowException, OverflowError) as error:
-            kinds: dict[str, int] = {}
-            for row, value in enumerate(values, start=1):
-                if value is not None:
-                    kinds.setdefault(type(value).__name__, row)
-            found = ", ".join(f"{kind} (data row {row})" for kind, row in kinds.items())
-            raise ValueError(
-                f"column {name!r} holds values that do not fit together: {found}; {error}; make "
-                "all of one type"
-            ) from None
-        empty = pa.types.is_struct(array.type) and array.type.num_fields == 0
-        arrays[name] = pa.nulls(len(values)) if empty else array  # no file format holds struct<>
-    return pa.table(arrays)
-
-
-def _parquet_table(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path, partitioning=None)  # a folder `alpha=0.1` is no column
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise ValueError(f"not a whole Parquet file: {_first_line(error)}") from None
-    for position, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):  # pandas' categories, unknown to datasets
-            table = table.set_column(
-                position, field.name, table[position].cast(field.type.value_type)
-            )
-    return table
-
-
-def _read_folder(folder: Path, encodings: list[str]) -> pa.Table:
-    if (folder / "state.json").is_file():
-        return arrow_table(datasets.load_from_disk(str(folder)))
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-        raise ValueError(f"the folder holds the splits {splits}; load one, as {folder / splits[0]}")
-    files = [
-        file
-        for file in folder.glob("*/*.txt")
-        if not (file.name.startswith(".") or file.parent.name.startswith("."))
-    ]
-    if not files:
-        raise ValueError(
-            "the folder is neither a saved dataset (no state.json) nor a folder of class folders "
-            "(no */*.txt)"
-        )
-    files.sort(key=lambda file: (file.parent.name, file.name))
-    texts = [
-        _decode(
-            file.read_bytes().removeprefix(codecs.BOM_UTF8), encodings, f"data row {row}, {file}"
-        )
-        for row, file in enumerate(files, start=1)
-    ]
-    return _table(
-        {
-            "id": [f"{file.parent.name}/{file.stem}" for file in files],
-            "text": texts,
-            "label": [file.parent.name for file in files],
-        }
-    )
-
-
-def _read_hub(path: str) -> pa.Table:
-    name, _, split = path.partition(":")
-    suffix = Path(path.lower().removesuffix(".gz")).suffix
-    if suffix in (*_FILE_TYPES, ".parquet") or not _HUB_NAME.fullmatch(path):
-        raise FileNotFoundError(f"{path}: no such file or folder; known are {_KNOWN}")
-    try:
-        return arrow_table(datasets.load_dataset(name, split=split or "train"))
-    except Exception as error:  # network, hub and file formats fail in many ways; all mean this:
-        raise FileNotFoundError(
-            f"{path}: no such file or folder here, and the hub did not give a dataset {name!r} "
-            f"with a split {split or 'train'!r} ({type(error).__name__}: {_first_line(error)})"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 # ----------------------------------------------------------------------- the contract columns
@@ -508,7 +283,7 @@ def first_words(dataset: Dataset, *, words: int) -> Dataset:
     if words < 1:
         raise ValueError(f"words must be at least 1, the number of words to keep; got {words}")
     require_columns(dataset, "text")
-    texts = [" ".join(text.split(maxsplit=words)[:words]) for text in dataset["text"]]
+    texts = [" ".join(text.split(maxsplit=words)[:words]) for text in dataset["text"][:]]
     return with_columns(dataset, {"text": (texts, Value("string"))})
 
 
@@ -526,7 +301,7 @@ def split(dataset: Dataset, *, shares: dict[str, float], seed: int = 0) -> Datas
         raise ValueError("there is a column 'split' already; use it with part, or rename it first")
     require_columns(dataset, "text")
     bounds = np.cumsum(list(shares.values()))[:-1]
-    points = [_point(text, seed) for text in dataset["text"]]
+    points = [_point(text, seed) for text in dataset["text"][:]]
     chosen = np.searchsorted(bounds, points, side="right")
     names = list(shares)
     return with_columns(dataset, {"split": ([names[n] for n in chosen], Value("string"))})
@@ -557,70 +332,19 @@ def join(left: Dataset, right: Dataset, *, columns: list[str]) -> Dataset:
     require_columns(right, "id", *columns)
     if there := [name for name in columns if name in left.column_names]:
         raise ValueError(f"the column {there[0]!r} is in both; rename it in one of them first")
-    position = {id: row for row, id in enumerate(right["id"])}
-    if len(position) < len(right):
-        id = Counter(right["id"]).most_common(1)[0][0]
+    left_ids, right_ids = left["id"][:], right["id"][:]
+    position = {id: row for row, id in enumerate(right_ids)}
+    if len(position) < len(right_ids):
+        id = Counter(right_ids).most_common(1)[0][0]
         raise ValueError(f"the id {id!r} is there more than once in the rows to join; remove one")
-    missing = [id for id in left["id"] if id not in position]
+    missing = [id for id in left_ids if id not in position]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(left)} ids have no row to join, the first are {missing[:3]}; "
             "both tables must come from the same texts"
         )
-    rows = arrow_table(right.select([position[id] for id in left["id"]]))
+    rows = arrow_table(right.select_columns(columns).select([position[id] for id in left_ids]))
     return with_columns(left, {name: (rows[name], right.features[name]) for name in columns})
-
-
-# -------------------------------------------------------------------------------------- writing
-
-
-def commit(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that at any moment the whole old or the whole new one is there.
-
-    `write` gets a temporary path in the same folder, with the same suffix, and creates it. It may
-    also be a folder; between an old folder and the new one there is a moment with neither.
-
-    Raises:
-        OSError: The disk is full, among other reasons; the temporary path is gone then.
-    """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        for written in [*temporary.rglob("*"), temporary]:
-            _fsync(written)
-        if path.is_dir():
-            old = path.replace(path.with_name(f".old-{os.getpid()}-{path.name}"))
-            temporary.replace(path)
-            _remove(old)
-        else:
-            temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"the disk is full, so {path} was not written; everything committed before it is "
-                "kept: free some space and run the same command again",
-            ) from error
-        raise
-    finally:
-        _remove(temporary)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def save(dataset: Dataset, path: Path) -> None:
@@ -630,8 +354,7 @@ def save(dataset: Dataset, path: Path) -> None:
     """
     match path.suffix.lower():
         case ".parquet":
-            # One chunk a column: the pages of the file then depend on the rows alone.
-            table = arrow_table(dataset).combine_chunks()
+            table = arrow_table(dataset)  # its chunks, so the file's pages, depend on rows alone
             commit(path, lambda temporary: pq.write_table(table, temporary))
         case ".jsonl" | ".ndjson":
             commit(path, lambda temporary: _write_jsonl(dataset, temporary))
@@ -670,70 +393,3 @@ def _write_csv(dataset: Dataset, path: Path) -> None:
                 else value
                 for value in record.values()
             )
-
-
-def map_blocks(
-    dataset: Dataset,
-    compute: Callable[[Dataset], dict[str, Any]],
-    *,
-    output: Path | None,
-    key: str,
-    block_rows: int = 256,
-    name: str = "rows",
-) -> pa.Table:
-    """Computes columns in blocks of rows, each of which is kept as soon as it is done.
-
-    The same call after a crash, or with more rows at the end, computes only what is missing.
-
-    Args:
-        dataset: Rows with `id` and `text`.
-        compute: Block -> columns (lists or Arrow arrays) with a value for each of its rows.
-        output: Blocks are kept in its sub-folder `blocks`; None keeps nothing.
-        key: Stands for everything but ids and texts that the result depends on; another key means
-            other blocks.
-        block_rows: Rows in a block.
-        name: What the progress display calls this task.
-    """
-    require_columns(dataset, "id", "text")
-    if not len(dataset):
-        raise ValueError(f"{name}: there are no rows to work on")
-    tables = []
-    with progress.task(name, total=len(dataset)) as advance:
-        for start in range(0, len(dataset), block_rows):
-            block = dataset.select(range(start, min(start + block_rows, len(dataset))))
-            content = json.dumps([key, block["id"][:], block["text"][:]])
-            digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-            file = None if output is None else output / "blocks" / f"{digest}.parquet"
-            table = None if file is None else _kept_block(file, len(block))
-            if table is None:
-                table = _computed_block(block, compute, name)
-                if file is not None:
-                    _commit_table(file, table)
-            tables.append(table)
-            advance(len(block))
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _kept_block(file: Path, rows: int) -> pa.Table | None:
-    try:
-        table = pq.read_table(file, partitioning=None)
-    except (OSError, pa.ArrowException):  # not there, or damaged: computed again
-        return None
-    return table if table.num_rows == rows else None
-
-
-def _computed_block(
-    block: Dataset, compute: Callable[[Dataset], dict[str, Any]], name: str
-) -> pa.Table:
-    columns = compute(block)
-    for column, values in columns.items():
-        if len(values) != len(block):
-            raise ValueError(
-                f"{name}: {len(values)} values of {column!r} were computed for a block of "
-                f"{len(block)} rows that begins with id {block[0]['id']!r}; rows in = rows out"
-            )
-    return pa.table(columns)
-
-
-def _commit_table(file: Path, table: pa.Table) -> None:
-    commit(file, lambda temporary: pq.write_table(table, temporary))

@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that either the old or the new file is there."""
-    from llmlabel.data import commit
+    from llmlabel.files import commit
 
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     commit(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -237,7 +237,7 @@ def _to_json(value: Any, returns: Any) -> Any:
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
+def _adapter(annotation: Any) -> Any:  # a TypeAdapter, which beartype does not read
     return (
         _ANYTHING if annotation is Any or isinstance(annotation, str) else TypeAdapter(annotation)
     )

@@ -119,7 +119,7 @@ def load_labels(
 
 def save_labels(labels: LabelSpace, path: Path) -> None:
     """Writes a file that `load_labels` reads back as an equal label space; .yaml, .json or .csv."""
-    from llmlabel.data import commit  # here: data imports this module, and datasets takes a second
+    from llmlabel.files import commit  # here: data imports this module, and datasets takes a second
 
     entries = []
     for id, name, description, parents in zip(

@@ -42,6 +42,7 @@ def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, ti
     environment.filters |= {
         "percent": percent,
         "decimals": lambda number, places: f"{number:.{places}f}",
+        "count": lambda number: f"{number:,}",
     }
     template = (resources.files("llmlabel") / "report.html.jinja").read_text("utf-8")
     bias = report["label_bias"]
@@ -79,35 +80,38 @@ def percent(share: float) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """Every value that enters the page; escaping follows."""
-    return _UNSAFE.sub("\ufffd", value) if isinstance(value, str) else value
+    """Every value that enters the page; escaping follows. Markup is what a macro made of them."""
+    from markupsafe import Markup
+
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return _UNSAFE.sub("\ufffd", value)
+    return value
 
 
 def _headline(run: Run, report: dict[str, Any]) -> list[tuple[str, bool]]:
     """Parts of the sentence on top, and whether they are strong."""
     numbers, sets = report["sources"][run.student], report["coverage"]
-    rows = f"{len(run.measured)} {run.split} rows" if run.split else f"{len(run.measured)} rows"
-    parts = [(run.student, False)]
+    rows = f"{len(run.measured):,} {run.split} rows" if run.split else f"{len(run.measured):,} rows"
+    parts = [(f"Of {rows}, {run.student} labels ", False)]
     if "accuracy" in numbers:
-        parts += [(" is right in ", False), (percent(numbers["accuracy"]), True)]
-        parts += [(f" of {rows}", False)]
+        parts += [(percent(numbers["accuracy"]), True), (" right", False)]
     elif "micro_f1" in numbers:
-        parts += [(" reaches a micro F1 of ", False), (percent(numbers["micro_f1"]), True)]
-        parts += [(f" on {rows}", False)]
+        parts += [("with a micro F1 of ", False), (percent(numbers["micro_f1"]), True)]
     else:
-        parts += [(f" labelled {rows}, whose true labels are not known", False)]
+        labelled = int((np.diff(run.soft[run.student].probs[run.measured].indptr) > 0).sum())
+        parts += [(str(labelled), True), ("; how many are right is not known", False)]
     if sets is None:
         return [*parts, (".", False)]
     if "coverage" in sets:
         parts += [("; its sets hold the true label in ", False), (percent(sets["coverage"]), True)]
-        parts += [(" of them, with ", False)]
+        parts += [(", with ", False)]
     else:
         parts += [("; its sets have ", False)]
     parts += [(f"{sets['mean_set_size']:.2f}", True), (" labels on average", False)]
     if run.labels.multilabel:
         return [*parts, (".", False)]
     human = sets["rows_for_a_human"]
-    parts += [(", and ", False), (f"{human} rows", True)]
+    parts += [(", and ", False), (f"{human:,} rows", True)]
     return [*parts, (f" ({percent(human / len(run.measured))}) need a human.", False)]
 
 
@@ -128,8 +132,8 @@ def _key_facts(run: Run, report: dict[str, Any]) -> list[tuple[str, str, str]]:
     empty = f"{percent(sets['empty_sets'])} are empty"
     facts.append(("Labels in a set", f"{sets['mean_set_size']:.2f}", empty))
     if not run.labels.multilabel:
-        note = f"of {len(run.measured)}: their set is not one label"
-        facts.append(("Rows for a human", str(sets["rows_for_a_human"]), note))
+        note = f"of {len(run.measured):,}: their set is not one label"
+        facts.append(("Rows for a human", f"{sets['rows_for_a_human']:,}", note))
     return facts
 
 
@@ -208,7 +212,8 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             ),
             "wide": len(matrix["predicted"]) > 8,
         }
-    return figures | _shares(run, report)
+    figures |= _shares(run, report)
+    return {name: {"wide": False, **figure} for name, figure in figures.items()}
 
 
 def _risk_in_words(curve: dict[str, list[float]]) -> str:

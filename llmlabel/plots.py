@@ -65,17 +65,14 @@ def accuracies(rows: Sequence[Row], *, quantity: str) -> str:
             color = ACCENT if row.accent else INK
             axes.axhline(y, color=RULE, linewidth=0.6)
             if row.before is not None:
-                _interval(axes, y - 0.1, row.before, MUTED, hollow=True)
-                axes.plot(
-                    [row.before.value, row.after.value], [y - 0.1, y + 0.1], color=MUTED, lw=0.6
-                )
-            _interval(axes, y + (0.1 if row.before else 0), row.after, color, hollow=False)
+                _interval(axes, float(y), row.before, MUTED, hollow=True)
+            _interval(axes, float(y), row.after, color, hollow=False)
             text = f"{100 * row.after.value:.1f} %"
             if row.before is not None:
                 text = f"{100 * row.before.value:.1f} → {text}"
             weight = "bold" if row.accent else "normal"
             edge = axes.get_yaxis_transform()
-            name = drawable(row.name, f"source {y + 1}", characters=44)
+            name = drawable(row.name, f"source {y + 1}", characters=38)
             axes.text(0, y - 0.3, name, transform=edge, color=color, weight=weight)
             axes.text(1, y - 0.3, text, transform=edge, color=color, weight=weight, ha="right")
         axes.set_yticks([])
@@ -83,7 +80,7 @@ def accuracies(rows: Sequence[Row], *, quantity: str) -> str:
         _percent(axes.xaxis)
         axes.set_xlabel(quantity)
 
-    return _svg(draw, width=5.4, height=0.55 + 0.52 * len(rows))
+    return _svg(draw, width=4.6, height=0.55 + 0.52 * len(rows))
 
 
 def reliability(
@@ -102,7 +99,7 @@ def reliability(
             x, y, s=12 + 170 * n / max(n.max(initial=1), 1), color=ACCENT, alpha=0.85, lw=0
         )
         for at_x, at_y, count in zip(x, y, n, strict=True):
-            below = at_y < 0.5 or at_y < at_x
+            below = at_y < at_x
             offset = (0, -8 - 5 * np.sqrt(count / n.max())) if below else (0, 8)
             axes.annotate(
                 f"{count}",
@@ -165,7 +162,7 @@ def coverage(measured: Measured, *, target: float | None) -> str:
                 va="top",
                 color=MUTED,
             )
-        _interval(axes, 0, measured, ACCENT, hollow=False)
+        _interval(axes, 0.0, measured, ACCENT, hollow=False)
         axes.annotate(
             f"{100 * measured.value:.1f} %",
             (measured.value, 0),
@@ -318,10 +315,10 @@ def _cell(row: int, column: int, color: tuple[float, float, float, float]) -> An
 
 
 def _percent(axis: Any, *, step: float | None = None) -> None:
-    from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     axis.set_major_locator(MultipleLocator(step) if step else MaxNLocator(6))
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
 
 
 def _svg(draw: Callable[[Any], None], *, width: float, height: float) -> str:

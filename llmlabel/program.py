@@ -26,14 +26,9 @@ def program(bound: dict[str, Any], *, title: str, output: Path) -> str:
     for name, value in bound.items():
         source = _source(value, names, output / name, indent=4, column=len(name) + 7)
         body += f"    {name} = {source}\n"
-    lines = {
-        key: f"from {key[0]} import {key[1]}" + (f" as {alias}" if alias != key[1] else "")
-        for key, alias in names.items()
-    }
-    own = sorted(line for (module, _), line in lines.items() if module != "pathlib")
-    path = ("pathlib", "Path")
-    blocks = [[lines[path]] if f"{names[path]}(" in body else [], own]
-    imports = "\n\n".join("\n".join(block) for block in blocks if block)
+    path = names.pop(("pathlib", "Path"))
+    blocks = [_imports({("pathlib", "Path"): path}) if f"{path}(" in body else "", _imports(names)]
+    imports = "\n\n".join(block for block in blocks if block)
     return f'''"""{title}"""
 
 {imports}
@@ -61,6 +56,22 @@ def _import_names(bound: dict[str, Any]) -> _Names:
         taken.add(alias)
         names[module, name] = alias
     return names
+
+
+def _imports(names: _Names) -> str:
+    """One sorted line per module, and one per name that is imported under another."""
+    lines: dict[tuple[str, str], str] = {}
+    for module in {module for module, _ in names}:
+        plain = sorted(name for (m, name), alias in names.items() if m == module and name == alias)
+        line = f"from {module} import {', '.join(plain)}"
+        if len(line) > _WIDTH:
+            line = f"from {module} import (\n" + "".join(f"    {name},\n" for name in plain) + ")"
+        if plain:
+            lines[module, plain[0]] = line
+    for (module, name), alias in names.items():
+        if name != alias:
+            lines[module, name] = f"from {module} import {name} as {alias}"
+    return "\n".join(lines[key] for key in sorted(lines))
 
 
 def _called(value: Any) -> Iterator[str]:

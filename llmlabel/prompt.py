@@ -44,7 +44,9 @@ def find_prompt(prompt: str | Path) -> Path:
     path = shipped / f"{prompt}.jinja"
     if path.is_file():
         return path
-    names = sorted(p.relative_to(shipped).with_suffix("").as_posix() for p in shipped.rglob("*.jinja"))
+    names = sorted(
+        p.relative_to(shipped).with_suffix("").as_posix() for p in shipped.rglob("*.jinja")
+    )
     raise FileNotFoundError(
         f"prompt {str(prompt)!r}: no such file, and not a shipped one ({', '.join(names)})"
     )
@@ -100,7 +102,9 @@ def _template(path: Path, changed_ns: int) -> Template:
     )
     template = environment.from_string(path.read_text("utf-8"))
     if "user" not in template.blocks:
-        raise ValueError(f"prompt file {path}: it needs a block named user that shows {{{{ text }}}}")
+        raise ValueError(
+            f"prompt file {path}: it needs a block named user that shows {{{{ text }}}}"
+        )
     return template
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from llmlabel import measure, page, select
-from llmlabel.data import commit
+from llmlabel.files import commit
 from llmlabel.labelspace import LabelSpace
 
 LOW_MARGIN = 0.2

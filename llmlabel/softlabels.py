@@ -9,7 +9,8 @@ from datasets import Dataset, List, Value
 from jaxtyping import Float, Int, Shaped
 from scipy.sparse import csr_array
 
-from llmlabel.data import arrow_table, require_columns, with_columns
+from llmlabel.data import require_columns, with_columns
+from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 
 _ROUNDING = 1e-6
@@ -128,7 +129,7 @@ class SoftLabels:
                 "missing mass is defined for a single-label space only; in this multi-label space "
                 "a label not stored is simply improbable"
             )
-        missing = np.clip(1.0 - self.probs.sum(axis=1, dtype=np.float64), 0.0, 1.0)
+        missing = np.clip(1.0 - _row_sums(self.probs), 0.0, 1.0)
         return np.where(missing < _ROUNDING, 0.0, missing)
 
     def dense(self) -> Float[np.ndarray, "rows labels"]:
@@ -225,12 +226,17 @@ def _check_probs(probs: csr_array, labels: LabelSpace, *, row_name: Callable[[in
             row = _row_of(int(wrong[0]), probs.indptr)
             raise ValueError(f"{row_name(row)}: {probs.data[wrong[0]]} is above 1, no probability")
         return
-    total = probs.sum(axis=1, dtype=np.float64)
+    total = _row_sums(probs)
     if (wrong := np.flatnonzero(total > _MAX_SUM)).size:
         raise ValueError(
             f"{row_name(int(wrong[0]))}: the probabilities sum to {total[wrong[0]]:.6g}; normalise "
             "them, or load the label space with multilabel=true"
         )
+
+
+def _row_sums(probs: csr_array) -> Float[np.ndarray, " rows"]:
+    sums: np.ndarray = probs.astype(np.float64).sum(axis=1)  # dtype= would come after the summing
+    return sums
 
 
 def _check_unique(probs: csr_array, *, row_name: Callable[[int], str]) -> None:

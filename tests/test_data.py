@@ -16,17 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from llmlabel import data, progress
+from llmlabel import data
 from llmlabel.data import (
     COLUMNS,
-    arrow_table,
-    commit,
     first_words,
     gold_index,
     gold_matrix,
     join,
     load,
-    map_blocks,
     part,
     read_parquet,
     require_columns,
@@ -34,6 +31,7 @@ from llmlabel.data import (
     split,
     with_columns,
 )
+from llmlabel.files import arrow_table, commit
 from llmlabel.labelspace import LabelSpace, load_labels
 
 Write = Callable[[str, str | bytes], Path]
@@ -109,13 +107,11 @@ def test_text_files(write: Write, name: str, content: str) -> None:
 def test_parquet_of_somebody_else(tmp_path: Path) -> None:
     folder = tmp_path / "alpha=0.1"  # must not become a column
     folder.mkdir()
-    table = pa.table(
-        {"n": [7, 8], "text": ["x", None], "kind": pa.array(["u", "v"]).dictionary_encode()}
-    )
-    pq.write_table(table, folder / "t.parquet")
+    category = pa.array(["x", None]).dictionary_encode()  # as pandas writes it
+    pq.write_table(pa.table({"n": [7, 8], "text": category}), folder / "t.parquet")
     assert rows(load(folder / "t.parquet")) == [
-        {"n": 7, "text": "x", "kind": "u", "id": "0"},
-        {"n": 8, "text": "", "kind": "v", "id": "1"},
+        {"n": 7, "text": "x", "id": "0"},
+        {"n": 8, "text": "", "id": "1"},
     ]
 
 
@@ -213,6 +209,10 @@ def test_damaged_files(write: Write, tmp_path: Path) -> None:
     fails(write("t.parquet", "PAR1"), "not a whole Parquet file")
     with pytest.raises(ValueError, match=r"t\.parquet: not a whole Parquet file"):
         read_parquet(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[4] ^= 0xFF  # the header of the first page
+    fails(write("u.parquet", bytes(damaged)), "not a whole Parquet file")
     with pytest.raises(FileNotFoundError, match=r"missing\.parquet"):
         read_parquet(tmp_path / "missing.parquet")
 
@@ -230,13 +230,13 @@ def test_no_rows(write: Write, name: str, content: str) -> None:
 
 def test_csv_keeps_hard_content(write: Write) -> None:
     long = "long " * 40_000  # 200,000 characters; the csv module's own limit is 131,072
-    limit = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     content = f'\ufefftext,n\r\n"two\nlines ""q""",1\r\nnul\0byte,2\r\n\r\n{long},3\r\nsep\u2028\x0b\x1c,4\r\n,5\r\n'
     loaded = load(write("t.csv", content))
     assert loaded["text"][:] == ['two\nlines "q"', "nul\0byte", long, "sep\u2028\x0b\x1c", ""]
     assert loaded["n"][:] == ["1", "2", "3", "4", "5"]
     assert loaded["id"][:] == ["0", "1", "2", "3", "4"]
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit() == 131_072
 
 
 def test_csv_of_an_old_mac(write: Write) -> None:
@@ -259,7 +259,7 @@ def test_jsonl_keeps_hard_content(write: Write) -> None:
         '\ufeff{"text": "raw\u2028sep", "x": {"a": [1]}}\r\n\n'
         '{"text": "nul\\u0000", "extra": 2}\n'
         '{"text": "half \\ud800 pair \\ud83d\\ude00", "x": {"a": [2, 3]}}\n'
-        '{"text": null}\n{}\n{"text": "backslash \\\\ud800"}'
+        '{"text":\r null}\n{}\n{"text": "backslash \\\\ud800"}'
     )
     loaded = load(write("t.jsonl", content))
     assert loaded["text"][:] == [
@@ -337,6 +337,11 @@ def test_encodings_are_tried_in_each_row(write: Write, name: str, content: bytes
         "not utf-8 or cp1252",
         encoding=["utf-8", "cp1252"],
     )
+
+
+def test_the_first_encoding_says_where(write: Write) -> None:
+    path = write("t.csv", b"text\n\xc3\xa9 \xff\n")
+    fails(path, "byte 0xff at byte offset 3 is not utf-8 or ascii", encoding=["utf-8", "ascii"])
 
 
 def test_other_encodings(write: Write) -> None:
@@ -566,9 +571,11 @@ def test_split_depends_on_words_only(texts: Dataset) -> None:
     assert split(shouted, shares=SHARES)["split"][:] == list(names.values())
 
 
-def test_split_with_rounding_in_the_shares(texts: Dataset) -> None:
-    shares = {str(n): 0.1 for n in range(10)}  # sums to 0.9999999999999999
-    assert set(split(texts, shares=shares)["split"]) <= set(shares)
+def test_split_at_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset.from_dict({"text": ["0.0", "0.25", "0.5", "0.9999999999"]})
+    monkeypatch.setattr(data, "_point", lambda text, seed: float(text))
+    shares = {"train": 0.25, "valid": 0.25, "test": 0.5 - 9e-10}  # 1 within what is allowed
+    assert split(dataset, shares=shares)["split"][:] == ["train", "valid", "test", "test"]
 
 
 def test_bad_split(texts: Dataset) -> None:
@@ -683,6 +690,16 @@ def test_parquet_bytes_depend_on_the_rows_alone(tmp_path: Path, table: Dataset) 
         assert (tmp_path / "2.parquet").read_bytes() == expected, n
     save(table.select([0, 2, 1]), tmp_path / "2.parquet")
     assert (tmp_path / "2.parquet").read_bytes() != expected
+
+
+def test_parquet_pages_do_not_depend_on_chunks(tmp_path: Path) -> None:
+    # Parquet looks at the size of a page after each chunk: only long columns can tell.
+    texts = [f"{n:06d} " * 100 for n in range(4000)]
+    whole = Dataset.from_dict({"text": texts})
+    chunks = [Dataset.from_dict({"text": part}) for part in (texts[:1500], texts[1500:])]
+    save(whole, tmp_path / "1.parquet")
+    save(datasets.concatenate_datasets(chunks), tmp_path / "2.parquet")
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
 
 
 def test_jsonl_round_trip(tmp_path: Path, table: Dataset) -> None:
@@ -805,129 +822,3 @@ def test_save_on_a_full_disk(
         save(table.select([0]), tmp_path / "t.parquet")
     assert rows(read_parquet(tmp_path / "t.parquet")) == rows(table)
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
-
-
-# -------------------------------------------------------------------------------------- blocks
-
-
-class Lengths:
-    """Computes something and remembers the ids of each block that it was called with."""
-
-    def __init__(self, *, dies_at: str | None = None) -> None:
-        self.blocks: list[list[str]] = []
-        self.dies_at = dies_at
-
-    def __call__(self, block: Dataset) -> dict[str, Any]:
-        self.blocks.append(block["id"][:])
-        if self.dies_at in block["id"][:]:
-            raise KeyboardInterrupt
-        return {
-            "name": [id.upper() for id in block["id"]],
-            "n": pa.array([len(block)] * len(block)),
-        }
-
-
-NAMES = [f"R{n}" for n in range(10)]
-
-
-def test_blocks_without_output(texts: Dataset) -> None:
-    compute = Lengths()
-    table = map_blocks(texts, compute, output=None, key="k", block_rows=4)
-    assert table.to_pydict() == {"name": NAMES, "n": [4] * 8 + [2] * 2}
-    assert compute.blocks == [[f"r{n}" for n in block] for block in (range(4), range(4, 8), (8, 9))]
-
-
-def test_blocks_see_the_chosen_rows(texts: Dataset) -> None:
-    table = map_blocks(texts.select([7, 3, 5]), Lengths(), output=None, key="k", block_rows=2)
-    assert table["name"].to_pylist() == ["R7", "R3", "R5"]
-
-
-def test_blocks_resume(tmp_path: Path, texts: Dataset) -> None:
-    whole = map_blocks(texts, Lengths(), output=tmp_path / "whole", key="k", block_rows=4)
-    killed = Lengths(dies_at="r5")
-    with pytest.raises(KeyboardInterrupt):
-        map_blocks(texts, killed, output=tmp_path / "o", key="k", block_rows=4)
-    assert len(list((tmp_path / "o" / "blocks").iterdir())) == 1
-    resumed = Lengths()
-    table = map_blocks(texts, resumed, output=tmp_path / "o", key="k", block_rows=4)
-    assert resumed.blocks == [["r4", "r5", "r6", "r7"], ["r8", "r9"]]
-    assert table.equals(whole)
-    again = Lengths()
-    assert map_blocks(texts, again, output=tmp_path / "o", key="k", block_rows=4).equals(whole)
-    assert again.blocks == []
-    files = [sorted((tmp_path / folder / "blocks").iterdir()) for folder in ("o", "whole")]
-    assert [f.name for f in files[0]] == [f.name for f in files[1]]
-    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
-
-
-def test_blocks_of_other_input_are_not_reused(tmp_path: Path, texts: Dataset) -> None:
-    def computed(dataset: Dataset, key: str = "k") -> int:
-        compute = Lengths()
-        table = map_blocks(dataset, compute, output=tmp_path, key=key, block_rows=4)
-        assert table["name"].to_pylist() == [id.upper() for id in dataset["id"]]
-        return len(compute.blocks)
-
-    assert computed(texts) == 3
-    assert computed(texts) == 0
-    assert computed(texts, key="other") == 3
-    assert computed(texts.select([1, 0, *range(2, 10)])) == 1  # the first block in another order
-    changed = ["changed", *texts["text"][1:]]
-    assert computed(with_columns(texts, {"text": (changed, Value("string"))})) == 1
-    assert computed(texts.select(range(9))) == 1  # the last block is shorter
-
-
-def test_damaged_blocks_are_computed_again(tmp_path: Path, texts: Dataset) -> None:
-    whole = map_blocks(texts, Lengths(), output=tmp_path, key="k", block_rows=4)
-    files = sorted((tmp_path / "blocks").iterdir())
-    files[0].write_bytes(files[0].read_bytes()[:-9])
-    files[1].write_bytes(b"")
-    pq.write_table(pq.read_table(files[2]).slice(0, 1), files[2])  # too few rows
-    compute = Lengths()
-    assert map_blocks(texts, compute, output=tmp_path, key="k", block_rows=4).equals(whole)
-    assert len(compute.blocks) == 3
-
-
-def test_block_names_are_frozen(tmp_path: Path, texts: Dataset) -> None:
-    map_blocks(texts.select([0, 1]), Lengths(), output=tmp_path, key="k")
-    content = b'["k", ["r0", "r1"], ["text 0", "text 1"]]'
-    name = f"{hashlib.sha256(content).hexdigest()[:24]}.parquet"
-    assert [file.name for file in (tmp_path / "blocks").iterdir()] == [name]
-
-
-def test_blocks_with_nothing_but_nulls_fit_the_others(texts: Dataset) -> None:
-    def compute(block: Dataset) -> dict[str, Any]:
-        first = block["id"][0] == "r0"
-        return {"error": [None if first else "e"] * len(block)}
-
-    table = map_blocks(texts, compute, output=None, key="k", block_rows=8)
-    assert table["error"].to_pylist() == [None] * 8 + ["e", "e"]
-
-
-def test_rows_in_are_rows_out(tmp_path: Path, texts: Dataset) -> None:
-    with pytest.raises(
-        ValueError, match=r"label: 1 values of 'n' .* block of 4 rows .* 'r0'; rows in = rows out"
-    ):
-        map_blocks(
-            texts, lambda _: {"n": [1]}, output=tmp_path, key="k", block_rows=4, name="label"
-        )
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="label: there are no rows"):
-        map_blocks(texts.select([]), Lengths(), output=None, key="k", name="label")
-
-
-def test_blocks_report_progress(texts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    class Task:
-        def __init__(self, name: str, total: int) -> None:
-            seen.append((name, total))
-
-        def __enter__(self) -> Callable[[int], None]:
-            return seen.append
-
-        def __exit__(self, *_: object) -> None:
-            seen.append("end")
-
-    monkeypatch.setattr(progress, "task", Task)
-    map_blocks(texts, Lengths(), output=None, key="k", block_rows=4, name="label")
-    assert seen == [("label", 10), 4, 4, 2, "end"]

@@ -39,7 +39,14 @@ def test_every_shipped_prompt_has_a_golden_file() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{{ 7 * 7 }}", "{% for x in labels %}{{ x }}{% endfor %}", "{# gone #}", "</s>", "a\x00b", "\n"],
+    [
+        "{{ 7 * 7 }}",
+        "{% for x in labels %}{{ x }}{% endfor %}",
+        "{# gone #}",
+        "</s>",
+        "a\x00b",
+        "\n",
+    ],
 )
 def test_a_text_is_never_a_template(text: str) -> None:
     chat = render("label/direct", text=text, labels=LABELS)

@@ -165,6 +165,12 @@ def test_a_broken_row_is_named(label_ids: list, label_probs: list, message: str)
     assert "\n" not in str(failure.value)
 
 
+def test_a_broken_row_without_an_id_is_named_by_its_number() -> None:
+    dataset = table([[0], [3]], [[1.0], [1.0]], space(3)).remove_columns("id")
+    with pytest.raises(ValueError, match=r"^row 1: label id 3 is outside"):
+        SoftLabels.from_dataset(dataset, space(3))
+
+
 def test_labels_that_end_and_begin_rows_are_not_taken_for_twice_the_same() -> None:
     labels = space(3)
     soft = SoftLabels.from_dataset(
@@ -199,6 +205,12 @@ def test_top_keeps_the_most_probable(seed: int) -> None:
         ]
 
 
+def test_minus_zero_is_zero_when_labels_are_ranked() -> None:
+    stored = csr_array((np.array([0.0, -0.0, 0.5], dtype=np.float32), [0, 1, 2], [0, 3]), (1, 3))
+    dataset = SoftLabels(stored, space(3).fingerprint).add_to(rows(1))
+    assert dataset["label_ids"][0] == [2, 0, 1]
+
+
 def test_top_of_no_label_is_refused() -> None:
     with pytest.raises(ValueError, match=r"k must be at least 1, .* got 0"):
         SoftLabels.from_dense(np.eye(2), space(2)).top(0)
@@ -212,7 +224,7 @@ def test_log_dense_spreads_the_missing_mass(seed: int) -> None:
 
 
 def test_the_rounding_of_float32_is_no_missing_mass() -> None:
-    soft = SoftLabels.from_dense(np.array([[0.3, 0.6, 0.1, 0.0], [0.1, 0.0, 0.0, 0.0]]), space(4))
+    soft = SoftLabels.from_dense(np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]]), space(4))
     assert soft.missing_mass[0] == 0
     assert soft.missing_mass[1] == pytest.approx(0.9)
     assert soft.log_dense()[0, 3] == pytest.approx(np.log(1e-12))

@@ -136,9 +136,11 @@ def fit_conformal(
 def predict_sets(dataset: Dataset, labels: LabelSpace, conformal: Conformal) -> Dataset:
     """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
 
-    A set may be empty: not even the most probable label is as likely as true labels of the gold
-    rows are, which says that the row is unlike them. A row without a soft label has the empty set
-    with "lac" (every label where the threshold is 1 or more) and every label with "aps".
+    A set may be empty and stays so, as a filled one would cover too often. With "lac" it says that
+    not even the most probable label is as probable as true labels are on the gold rows; with "aps"
+    it is the chance of the uniform number, on rows of one very probable label. A row without a soft
+    label has the empty set with "lac" (every label if the threshold is 1 or more) and every label
+    with "aps".
 
     Raises:
         ValueError: If the threshold was fitted in another label space.

@@ -27,7 +27,9 @@ class CachedEngine:
         self._db = sqlite3.connect(path, timeout=60)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, value TEXT)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, value TEXT)"
+            )
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"cache {path}: {error}; delete the file or give another") from error

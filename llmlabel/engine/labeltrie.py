@@ -96,13 +96,19 @@ class LabelTrie:
         """
         if len(self) <= max_nodes:
             return [(np.arange(len(self.last_node)), self)]
-        paths = [[*self.path(int(n)), int(t)] for n, t in zip(self.last_node, self.last_token, strict=True)]
+        paths = [
+            [*self.path(int(n)), int(t)]
+            for n, t in zip(self.last_node, self.last_token, strict=True)
+        ]
         order = sorted(range(len(paths)), key=paths.__getitem__)
         groups: list[list[int]] = [[]]
         nodes, previous = 1, list[int]()
         for label in order:
             inner = paths[label][:-1]
-            shared = next((i for i, (a, b) in enumerate(zip(inner, previous, strict=False)) if a != b), min(len(inner), len(previous)))
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(inner, previous, strict=False)) if a != b),
+                min(len(inner), len(previous)),
+            )
             if groups[-1] and nodes + len(inner) - shared > max_nodes:
                 groups.append([])
                 nodes, shared = 1, 0

@@ -89,7 +89,12 @@ def label_direct(
 
     key = json.dumps(["label_direct", engine.name, sha, labels.fingerprint, shown])
     return map_blocks(
-        dataset, compute, columns=_ADDED, key=key, block_rows=block_rows, output=output,
+        dataset,
+        compute,
+        columns=_ADDED,
+        key=key,
+        block_rows=block_rows,
+        output=output,
         name="label_direct",
     )
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from datasets import Dataset, Value
@@ -18,6 +18,7 @@ from llmlabel.softlabels import SoftLabels
 _ADDED = ["label_ids", "label_probs", "label_space", "engine", "error"]
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What is asked of an encoder; a SentenceTransformer is one."""
 
@@ -77,7 +78,12 @@ def label_embedding(
 
     key = json.dumps(["label_embedding", name, labels.fingerprint, scale])
     return map_blocks(
-        dataset, compute, columns=_ADDED, key=key, block_rows=block_rows, output=output,
+        dataset,
+        compute,
+        columns=_ADDED,
+        key=key,
+        block_rows=block_rows,
+        output=output,
         name="label_embedding",
     )
 

@@ -73,8 +73,10 @@ def aggregate(
             "votes": (_votes(list(sources), probs, voting), _VOTES),
             "weight": (np.minimum(confidence, 1.0).astype(np.float32) ** 2, Value("float32")),
             "engine": ([" + ".join(sources)] * len(ids), Value("string")),
-            "error": ([None if any_ else "no source has a label" for any_ in voting.any(axis=0)],
-                      Value("string")),
+            "error": (
+                [None if any_ else "no source has a label" for any_ in voting.any(axis=0)],
+                Value("string"),
+            ),
         },
     )
 
@@ -126,9 +128,7 @@ def _source_weights(
     return values
 
 
-def _votes(
-    names: list[str], probs: Votes, voting: np.ndarray
-) -> list[list[dict[str, object]]]:
+def _votes(names: list[str], probs: Votes, voting: np.ndarray) -> list[list[dict[str, object]]]:
     best, top = probs.argmax(axis=2), probs.max(axis=2)
     return [
         [

@@ -104,6 +104,9 @@ def test_temperature_one_changes_nothing_and_missing_mass_stays() -> None:
     sharper = apply_temperature(dataset, labels, Temperature(0.5, 0.0, 0.0, 10, labels.fingerprint))
     assert sharper["label_probs"][0] == pytest.approx([0.6, 0.15])
     assert sharper["label_probs"][1] == []
+    unread = table(np.zeros((2, 3)), [[0]] * 2)
+    hot = apply_temperature(unread, labels, Temperature(2.0, 0.0, 0.0, 10, labels.fingerprint))
+    assert hot["label_probs"][:] == [[], []]
 
 
 def test_powers_of_small_probabilities_do_not_underflow() -> None:

@@ -1,0 +1,155 @@
+"""The network of a label-supervised student: backbone, pooling, linear head; and its folder.
+
+A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT's format),
+`head.safetensors`, `labels.json` and `model_card.json`, which says how it was made.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llmlabel import models
+from llmlabel.labelspace import LabelSpace, save_labels
+
+Pooling = Literal["last", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters; the paper's constants."""
+
+    r: int = 12
+    alpha: int = 32
+    dropout: float = 0.1
+    targets: str | list[str] = "all-linear"
+
+
+PAPER_LORA = LoRA()
+
+
+class LabelSupervised(torch.nn.Module):
+    """A backbone, a pooling and a linear head without bias.
+
+    Args:
+        backbone: a transformers base model whose output has `last_hidden_state`.
+        labels: number of labels.
+        pooling: over the tokens that are not padding.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, *, labels: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone, self.pooling = backbone, pooling
+        self.score = torch.nn.Linear(backbone.config.hidden_size, labels, bias=False)
+        torch.nn.init.zeros_(self.score.weight)  # starts undecided, and needs no random numbers
+
+    def forward(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows labels"]:
+        """Logits in float32."""
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(pool(hidden.float(), mask, self.pooling))
+
+
+def pool(
+    hidden: Float[Tensor, "rows tokens width"], mask: Int[Tensor, "rows tokens"], how: Pooling
+) -> Float[Tensor, "rows width"]:
+    """One vector per row from the tokens where `mask` is 1."""
+    if how == "last":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * positions).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if how == "max":
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def load_backbone(source: str, *, bidirectional: bool) -> Any:
+    from transformers import AutoModel
+
+    backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # never used here, and DDP wants every trained weight to be used
+    if bidirectional:
+        backbone.config.is_causal = False
+    backbone.config.use_cache = False
+    return backbone
+
+
+def new_network(
+    model: str, labels: LabelSpace, settings: dict[str, Any]
+) -> tuple[LabelSupervised, Any]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    source = models.fetch(model)
+    lora = settings["lora"]
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
+        task_type="FEATURE_EXTRACTION",
+    )
+    backbone = load_backbone(source, bidirectional=settings["bidirectional"])
+    network = LabelSupervised(
+        get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
+    )
+    return network, AutoTokenizer.from_pretrained(source)
+
+
+def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]:
+    """A trained student in inference mode, its tokenizer and its model card.
+
+    Raises:
+        FileNotFoundError: the folder is not a student or is half written.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    for name in ("model_card.json", "labels.json", "head.safetensors", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"model folder {folder}: {name} is missing; give a folder that train_classifier "
+                "has finished"
+            )
+    card = json.loads((folder / "model_card.json").read_text("utf-8"))
+    source = models.fetch(card["model"])
+    backbone = load_backbone(source, bidirectional=card["settings"]["bidirectional"])
+    adapted = PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    head = load_file(folder / "head.safetensors")
+    network = LabelSupervised(
+        adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
+    )
+    network.score.load_state_dict(head)
+    return network.to(models.best_device()).eval(), AutoTokenizer.from_pretrained(source), card
+
+
+def save_network(
+    network: LabelSupervised, model: str, labels: LabelSpace, card: dict[str, Any], folder: Path
+) -> None:
+    """Writes the folder; the model card last, since a folder without it counts as unfinished."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_card.json").unlink(missing_ok=True)
+    network.backbone.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the card says more
+    config_path = folder / "adapter_config.json"
+    config = json.loads(config_path.read_text("utf-8"))
+    # PEFT writes a path of this machine and a set in random order.
+    config["base_model_name_or_path"] = model.partition("#")[0]
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    weight = network.score.weight.detach().cpu().contiguous()
+    save_file({"weight": weight}, folder / "head.safetensors")
+    save_labels(labels, folder / "labels.json")
+    (folder / "model_card.json").write_text(json.dumps(card, indent=2) + "\n", "utf-8")
