@@ -1,8 +1,11 @@
-"""Which rows to label next: how unsure a model is of a row, and how much sources disagree on it."""
+"""Which rows to label next or to keep."""
 
 import numpy as np
+from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
+from llmlabel.data import with_columns
+from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
 
@@ -35,3 +38,33 @@ def vote_entropy(
     share = np.where(given, same.sum(axis=2) / votes, 1.0)
     entropy = -(np.log(share) * given).sum(axis=1) / votes[:, 0]
     return entropy / np.log(max(answers.shape[1], 2))
+
+
+def keep_confident(dataset: Dataset, labels: LabelSpace, *, share: float) -> Dataset:
+    """Sets `weight` to 0 except in each label's most confident `share` of rows.
+
+    Rows belong to the label they give the highest probability; per label, so that no label dies out
+    when a source is surer of some labels than of others (SSLD's top-k per class,
+    arXiv 2103.05959). Weights that the rows already have are kept for the chosen ones.
+
+    Args:
+        dataset: rows with soft labels.
+        labels: their label space, single-label.
+        share: between 0 (excluded) and 1; the number of rows is rounded up.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1; got {share}")
+    if labels.multilabel:
+        raise ValueError("keep_confident needs labels that exclude each other (single-label)")
+    probs = SoftLabels.from_dataset(dataset, labels).dense()
+    best, confidence = probs.argmax(axis=1), probs.max(axis=1)
+    ids = np.array(dataset["id"][:])
+    kept = np.zeros(len(dataset), dtype=bool)
+    for label in range(len(labels)):
+        rows = np.flatnonzero((best == label) & (confidence > 0))
+        order = np.lexsort((ids[rows], -confidence[rows]))  # ties by id, never by position
+        kept[rows[order[: int(np.ceil(share * len(rows)))]]] = True
+    weights = np.ones(len(dataset), dtype=np.float32)
+    if "weight" in dataset.column_names:
+        weights = np.array(dataset["weight"][:], dtype=np.float32)
+    return with_columns(dataset, {"weight": (np.where(kept, weights, 0), Value("float32"))})
