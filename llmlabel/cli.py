@@ -50,12 +50,13 @@ def main() -> None:
     app()
 
 
-def _version(value: bool) -> None:  # noqa: FBT001  (the signature of a typer callback)
+def _version(value: bool) -> bool:  # noqa: FBT001  (the signature of a typer callback)
     if value:
         from importlib.metadata import version
 
         typer.echo(f"llmlabel {version('llmlabel')}")
         raise typer.Exit
+    return value
 
 
 @app.callback()
@@ -173,10 +174,9 @@ def _quiet() -> None:
         warnings.filterwarnings("default", module="llmlabel")
         warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     log = logging.getLogger("llmlabel")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
@@ -194,7 +194,8 @@ def _show(recipe: "Recipe", results: "Results", folder: Path) -> None:
     for name, note in notes.items():
         if note["state"] in ("kept", "computed"):
             seconds = f"{note['seconds']:.1f}" if "seconds" in note else ""
-            table.add_row(name, note["state"], seconds, str(folder / name))
+            where = str(folder / name) if note.get("kind") else ""
+            table.add_row(name, note["state"], seconds, where)
     console.print(table)
     for name, note in notes.items():
         value = results[name] if note.get("kind") == "json" else None

@@ -347,28 +347,32 @@ def join(left: Dataset, right: Dataset, *, columns: list[str]) -> Dataset:
     return with_columns(left, {name: (rows[name], right.features[name]) for name in columns})
 
 
-def save(dataset: Dataset, path: Path) -> None:
+def save(dataset: Dataset, output: Path) -> Path:
     """Writes .parquet (exact, same bytes for same rows), .jsonl, .csv, .tsv, or a folder.
 
     CSV and TSV hold lists as JSON; a folder, named without a suffix, is read by `load_from_disk`.
+
+    Returns:
+        `output`.
     """
-    match path.suffix.lower():
+    match output.suffix.lower():
         case ".parquet":
             table = arrow_table(dataset)  # its chunks, so the file's pages, depend on rows alone
-            commit(path, lambda temporary: pq.write_table(table, temporary))
+            commit(output, lambda temporary: pq.write_table(table, temporary))
         case ".jsonl" | ".ndjson":
-            commit(path, lambda temporary: _write_jsonl(dataset, temporary))
+            commit(output, lambda temporary: _write_jsonl(dataset, temporary))
         case ".csv" | ".tsv":
-            commit(path, lambda temporary: _write_csv(dataset, temporary))
+            commit(output, lambda temporary: _write_csv(dataset, temporary))
         case "":
-            if path.is_dir() and any(path.iterdir()) and not (path / "state.json").is_file():
-                raise ValueError(f"{path}: the folder holds other things; give a new folder")
-            commit(path, lambda temporary: dataset.save_to_disk(str(temporary)))
+            if output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
+                raise ValueError(f"{output}: the folder holds other things; give a new folder")
+            commit(output, lambda temporary: dataset.save_to_disk(str(temporary)))
         case suffix:
             raise ValueError(
-                f"{path}: cannot save as {suffix!r}; use .parquet, .jsonl, .csv, .tsv or a folder "
+                f"{output}: cannot save as {suffix!r}; use .parquet, .jsonl, .csv, .tsv or a folder "
                 "without a suffix"
             )
+    return output
 
 
 def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -130,6 +130,18 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=lambda n: (-len(n), n))))
 
 
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as its template writes it, up to the start of the reply.
+
+    Thinking is switched off where the template knows the switch: the reply is read directly.
+    """
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    )
+
+
 def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[int], str | None]:
     """Token ids of a chat up to the start of the reply, at most `max_tokens` of them.
 
@@ -150,7 +162,7 @@ def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[in
 
     def tokens(kept: str) -> list[int]:
         messages[-1]["content"] = kept + end
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, messages)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     ids = tokens(body)

@@ -138,6 +138,10 @@ class _Work:
                 fingerprint=self.marks[name],
                 arguments=self.arguments[name],
             )
+            if kind is None:
+                _log.warning(
+                    "%s: no file holds a %s, so it is not kept", name, type(value).__name__
+                )
         if kind is None:
             self.unkept[name] = value
         self.notes[name] |= {
@@ -159,10 +163,12 @@ class _Work:
 
     def value(self, name: str) -> Any:
         """A variable: from memory, from what is kept, or built."""
+        value, folder = self.bound[name], self.folder / name
+        if isinstance(value, Call) and value.returns is None:
+            return None
         if name in self.unkept:
             return self.unkept[name]
         if name not in self.memory:
-            value, folder = self.bound[name], self.folder / name
             if isinstance(value, Call) and keep.read_kept(folder, self.marks[name]):
                 self.memory[name] = keep.load_kept(folder, returns=value.returns)
             else:
@@ -192,12 +198,18 @@ class _Work:
         queue = [ref for name in later for ref in _refs(self.bound[name])]
         while queue:
             name = queue.pop()
-            if name not in needed and name not in self.to_do:
+            if name not in needed and self.notes[name]["state"] not in (
+                "kept",
+                "to do",
+                "computed",
+            ):
                 queue += _refs(self.bound[name])
             needed.add(name)
-        for name in [name for name in self.memory if name not in needed]:
+        dropped = [name for name in self.memory if name not in needed]
+        for name in dropped:
             del self.memory[name]
-        gc.collect()
+        if any(self.notes[name]["state"] == "built" for name in dropped):
+            gc.collect()  # a model is in circles of references; this takes a tenth of a second
 
     def write_notes(self) -> None:
         """Writes `run.json`."""

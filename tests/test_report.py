@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, List, Value
 
-from llmlabel import plots
 from llmlabel.data import with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
-from llmlabel.report import write_report
+from llmlabel.report import plots, write_report
 from llmlabel.softlabels import SoftLabels
 
 IDS = ["t1", "t2", "t3", "t4", "r5", "r6"]

@@ -126,6 +126,7 @@ def did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     (tmp_path / "texts.txt").write_text("a b c")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # half of the time of these tests
     import toolbox.steps
 
     yield toolbox.steps.DID
@@ -190,6 +191,20 @@ def test_live_objects_are_released_after_their_last_use(did: list[str]) -> None:
     import toolbox.steps
 
     assert toolbox.steps.Big.alive == 0
+
+
+def test_a_live_object_is_not_held_for_what_is_kept(did: list[str]) -> None:
+    go()
+    text = (
+        RECIPE
+        + """
+early: {call: toolbox.steps.shout, dataset: "${texts}", engine: "${engine}"}
+late: {call: toolbox.steps.shout, dataset: "${loud}", engine: "${fresh}"}
+"""
+    )
+    did.clear()
+    go(text.replace("wrapped:", "fresh: {call: toolbox.steps.Big, model: fresh}\nwrapped:"))
+    assert did == ["load tiny", "shout 1", "load fresh", "shout 1"]
 
 
 def test_the_folder_holds_values_and_what_steps_wrote(did: list[str]) -> None:
@@ -357,12 +372,15 @@ def test_a_result_that_no_file_can_hold_is_built_only_for_a_call(did: list[str])
     assert did == ["matrix", "size"]
 
 
-def test_a_result_of_unknown_type_is_computed_and_stays_for_this_run(did: list[str]) -> None:
+def test_a_result_of_unknown_type_is_computed_and_stays_for_this_run(
+    did: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     text = (
         'u: {call: toolbox.steps.untyped, value: 3}\nn: {call: toolbox.steps.size, value: "${u}"}\n'
     )
     results = go(text)
     assert (results["u"], results["n"], did) == ({3}, 1, ["untyped", "size"])
+    assert "u: no file holds a set, so it is not kept" in caplog.text
 
 
 def test_a_function_without_a_result_writes_every_time(did: list[str]) -> None:

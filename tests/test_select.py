@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from datasets import Dataset, Value
 
+from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
-from llmlabel.select import margins, vote_entropy
+from llmlabel.select import keep_confident, margins, vote_entropy
 from llmlabel.softlabels import SoftLabels
 
 
@@ -29,3 +31,38 @@ def test_vote_entropy() -> None:
 
 def test_one_source_never_disagrees() -> None:
     assert vote_entropy(np.array([[0], [4], [-1]])).tolist() == [0, 0, 0]
+
+
+LABELS = load_labels(["a", "b"])
+PROBS = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.45, 0.55], [0.3, 0.7], [0.0, 0.0]])
+
+
+def table(probs: np.ndarray) -> Dataset:
+    ids = [f"r{i}" for i in range(len(probs))]
+    return SoftLabels.from_dense(probs, LABELS).add_to(Dataset.from_dict({"id": ids, "text": ids}))
+
+
+def test_the_most_confident_of_each_label() -> None:
+    got = keep_confident(table(PROBS), LABELS, share=0.5)
+    assert got["weight"][:] == [1, 1, 0, 0, 1, 0]  # 2 of 3, and 1 of 2; a row without label never
+    assert keep_confident(table(PROBS), LABELS, share=1.0)["weight"][:] == [1, 1, 1, 1, 1, 0]
+
+
+def test_weights_are_kept() -> None:
+    rows = with_columns(table(PROBS), {"weight": ([0.5] * 6, Value("float32"))})
+    assert keep_confident(rows, LABELS, share=0.5)["weight"][:] == [0.5, 0.5, 0, 0, 0.5, 0]
+
+
+def test_ties_do_not_depend_on_the_order_of_rows() -> None:
+    rows = table(np.array([[0.7, 0.3]] * 4))
+    kept = keep_confident(rows, LABELS, share=0.5)
+    back = keep_confident(rows.select([3, 2, 1, 0]), LABELS, share=0.5)
+    by_id = dict(zip(back["id"], back["weight"], strict=True))
+    assert dict(zip(kept["id"], kept["weight"], strict=True)) == by_id
+    assert sum(by_id.values()) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.1, float("nan")])
+def test_share_is_checked(share: float) -> None:
+    with pytest.raises(ValueError, match="share must be above 0"):
+        keep_confident(table(PROBS), LABELS, share=share)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from llmlabel.prompt import chat_text
+
 _CONTEXT = [{"role": "user", "content": "x"}]
 
 
@@ -139,7 +141,7 @@ def label_trie(tokenizer: Any, labels: tuple[str, ...]) -> LabelTrie:
     The end token is the tokenizer's end of turn. Where a tokenizer joins the label with what stands
     before it, the label's own tokens are used.
     """
-    start = tokenizer.apply_chat_template(_CONTEXT, tokenize=False, add_generation_prompt=True)
+    start = chat_text(tokenizer, _CONTEXT)
     before = list(tokenizer(start, add_special_tokens=False).input_ids)
     joined = tokenizer([start + label for label in labels], add_special_tokens=False).input_ids
     alone = tokenizer(list(labels), add_special_tokens=False).input_ids

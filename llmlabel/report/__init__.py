@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from llmlabel import measure, page, select
+from llmlabel import select
 from llmlabel.files import commit
 from llmlabel.labelspace import LabelSpace
+from llmlabel.report import measure, page
 
 LOW_MARGIN = 0.2
 """Below this a row's margin is named as a reason to look at it."""
@@ -156,7 +157,7 @@ def _review(run: measure.Run, rows: int) -> list[dict[str, Any]]:
                 "id": entry["id"],
                 "text": _short(entry["text"] or "", TEXT_CHARACTERS),
                 "score": score[row],
-                "why": why or ["little left that is less certain"],
+                "why": why or ["no single reason, the score only"],
                 "labels": [(names[id], prob) for prob, id in sorted(pairs, reverse=True)[:3]],
                 "set": None if run.sets is None else [names[id] for id in run.sets[row][:10]],
                 "gold": _gold_names(gold[row], names) if row in gold else None,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llmlabel import plots
-from llmlabel.measure import Run
+from llmlabel.report import plots
+from llmlabel.report.measure import Run
 
 MOST_MESSAGES = 20
 MOST_LISTED_LABELS = 200
@@ -44,7 +44,7 @@ def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, ti
         "decimals": lambda number, places: f"{number:.{places}f}",
         "count": lambda number: f"{number:,}",
     }
-    template = (resources.files("llmlabel") / "report.html.jinja").read_text("utf-8")
+    template = (resources.files("llmlabel.report") / "page.html.jinja").read_text("utf-8")
     bias = report["label_bias"]
     provenance = report["provenance"]
     return environment.from_string(template).render(

@@ -210,7 +210,7 @@ def confusion(
 ) -> str:
     """Heat map, each row of the true label shaded by its share; the numbers are counts of rows."""
     gold, predicted = counts.shape
-    cell = 0.62 if max(gold, predicted) <= 8 else 0.4
+    cell = 0.62 if max(gold, predicted) <= 8 else 0.34
     total = counts.sum(axis=1, keepdims=True)
     shares = counts / np.where(total > 0, total, 1)
 
@@ -222,7 +222,7 @@ def confusion(
             axes.add_patch(_cell(row, column, to_rgba(ACCENT, 0.04 + 0.96 * share)))
             if count := int(counts[row, column]):
                 color = "white" if share > 0.5 else INK
-                size = 9 if cell > 0.5 else 7.5
+                size = 9 if cell > 0.5 else 7
                 axes.text(
                     column, row, f"{count}", color=color, ha="center", va="center", fontsize=size
                 )

@@ -1,0 +1,202 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, List, Value
+
+from llmlabel.data import with_columns
+from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.softlabels import SoftLabels
+from llmlabel.train.classifier import predict, train_classifier
+from llmlabel.train.network import LoRA
+
+LABELS = load_labels(["animal", "money"])
+NO_DROPOUT = LoRA(r=4, alpha=16, dropout=0.0)
+
+
+def table(rows: int = 24, labels: LabelSpace = LABELS) -> Dataset:
+    """Texts about two things, with soft labels that lean the right way."""
+    kinds = ["the cat sat", "business and money"]
+    texts = [kinds[i % 2] + " on the mat" * (i % 3) + f" {i}" for i in range(rows)]
+    probs = np.array([[0.9, 0.1], [0.2, 0.8]])[np.arange(rows) % 2]
+    ids = [f"r{i}" for i in range(rows)]
+    return SoftLabels.from_dense(probs, labels).add_to(
+        Dataset.from_dict({"id": ids, "text": texts})
+    )
+
+
+def train(
+    dataset: Dataset, model: Path, output: Path, labels: LabelSpace = LABELS, **given: object
+) -> Path:
+    arguments = {
+        "pooling": "mean",
+        "learning_rate": 0.02,
+        "num_train_epochs": 6,
+        "dtype": "float32",
+        "per_device_train_batch_size": 8,
+        "lora": NO_DROPOUT,
+    }
+    return train_classifier(
+        dataset, labels, model=str(model), output=output, **{**arguments, **given}
+    )  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(table(), tiny_encoder, tmp_path_factory.mktemp("student") / "model")
+
+
+def test_it_learns_soft_labels(student: Path) -> None:
+    got = predict(table(), model=student)
+    probs = SoftLabels.from_dataset(got, LABELS).dense()
+    np.testing.assert_allclose(probs[0::2].mean(axis=0), [0.9, 0.1], atol=0.08)
+    np.testing.assert_allclose(probs[1::2].mean(axis=0), [0.2, 0.8], atol=0.08)
+    assert got["engine"][0].startswith("student:tiny-encoder")
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_decoders_learn_by_the_same_trainer(
+    tiny_decoder: Path, tmp_path: Path, bidirectional: bool
+) -> None:
+    folder = train(table(), tiny_decoder, tmp_path, pooling="last", bidirectional=bidirectional)
+    probs = SoftLabels.from_dataset(predict(table(), model=folder), LABELS).dense()
+    assert probs[0::2, 0].min() > 0.5 > probs[1::2, 0].max()
+    assert (
+        json.loads((folder / "model_card.json").read_text())["settings"]["bidirectional"]
+        is bidirectional
+    )
+
+
+def test_same_seed_same_bytes_and_other_seed_other_bytes(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    again = train(table(), tiny_encoder, tmp_path / "again")
+    assert files(again) == files(student)
+    other = train(table(), tiny_encoder, tmp_path / "other", seed=1)
+    assert files(other)["head.safetensors"] != files(student)["head.safetensors"]
+
+
+def test_gold_is_never_read(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    wrong = with_columns(
+        table(), {"gold": ([[i % 2 == 0] for i in range(24)], List(Value("int32")))}
+    )
+    assert files(train(wrong, tiny_encoder, tmp_path / "m")) == files(student)
+
+
+def test_rows_of_weight_zero_change_nothing(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows = table(30)
+    probs = np.vstack(
+        [SoftLabels.from_dataset(table(), LABELS).dense(), [[0.0, 1.0]] * 5, [[0.0, 0.0]]]
+    )
+    rows = SoftLabels.from_dense(probs, LABELS).add_to(rows)
+    weights = [1.0] * 24 + [0.0] * 5 + [1.0]
+    rows = with_columns(rows, {"weight": (weights, Value("float32"))})
+    trained = files(train(rows, tiny_encoder, tmp_path / "m"))
+    assert trained["head.safetensors"] == files(student)["head.safetensors"]
+    assert json.loads(trained["model_card.json"])["rows"] == {"given": 30, "trained": 24}
+
+
+def test_weights_count_like_copies(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = table(4)
+    doubled = Dataset.from_dict({**rows.to_dict(), "id": [f"d{i}" for i in range(4)]})
+    copies = Dataset.from_dict(
+        {k: [*rows[k], *[doubled[k][1]]] for k in rows.column_names}, features=rows.features
+    )
+    weighted = with_columns(rows, {"weight": ([1.0, 2.0, 1.0, 1.0], Value("float32"))})
+    given = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
+    one = train(copies, tiny_encoder, tmp_path / "one", **given)
+    two = train(weighted, tiny_encoder, tmp_path / "two", **given)
+    first, second = (
+        SoftLabels.from_dataset(predict(rows, model=m), LABELS).dense() for m in (one, two)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_predictions_do_not_depend_on_batch_padding_or_order(student: Path) -> None:
+    rows = table()
+    whole = SoftLabels.from_dataset(predict(rows, model=student), LABELS).dense()
+    for given in ({"pass_tokens": 1}, {"block_rows": 5}, {"pass_tokens": 100_000}):
+        other = SoftLabels.from_dataset(predict(rows, model=student, **given), LABELS).dense()
+        np.testing.assert_allclose(other, whole, atol=1e-5)
+    back = predict(rows.select(range(23, -1, -1)), model=student)
+    np.testing.assert_allclose(
+        SoftLabels.from_dataset(back, LABELS).dense()[::-1], whole, atol=1e-5
+    )
+
+
+def test_empty_and_long_texts(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"id": ["a", "b", "c"], "text": ["", "cat " * 20_000, "cat"]})
+    short = train(table(), tiny_encoder, tmp_path / "m", max_length=32, num_train_epochs=1)
+    got = predict(rows, model=short)
+    assert got["label_ids"][0] == []
+    assert got["error"][0] == "empty text"
+    assert got["error"][1].endswith("the limit is 32")
+    assert len(got["label_ids"][1]) == 2
+    assert got["error"][2] is None
+
+
+def test_multilabel_trains_each_label_alone(tiny_encoder: Path, tmp_path: Path) -> None:
+    labels = load_labels(["animal", "mat"], multilabel=True)
+    rows = table(labels=labels)
+    probs = np.array([[0.9, 0.9], [0.1, 0.9]])[np.arange(24) % 2]
+    rows = SoftLabels.from_dense(probs, labels).add_to(rows)
+    folder = train(rows, tiny_encoder, tmp_path, labels)
+    got = SoftLabels.from_dataset(predict(rows, model=folder), labels).dense()
+    assert got[:, 1].min() > 0.6
+    assert got[0::2, 0].min() > 0.5 > got[1::2, 0].max()
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_encoder: Path, tmp_path: Path) -> None:
+    large = train(table(), tiny_encoder, tmp_path / "l", num_train_epochs=2)
+    small = train(
+        table(),
+        tiny_encoder,
+        tmp_path / "s",
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    one, two = (
+        SoftLabels.from_dataset(predict(table(), model=m), LABELS).dense() for m in (large, small)
+    )
+    np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_reloaded_students_are_the_trained_ones(student: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(student, tmp_path / "moved")
+    one, two = (predict(table(), model=m)["label_probs"][:] for m in (student, moved))
+    assert one == two
+    config = json.loads((student / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_training_leaves_the_global_generator_alone(tiny_encoder: Path, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    train(table(), tiny_encoder, tmp_path, num_train_epochs=1, lora=LoRA(r=4))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    empty = SoftLabels.from_dense(np.zeros((24, 2)), LABELS).add_to(table())
+    with pytest.raises(ValueError, match="none of the 24 rows has a text, a soft label"):
+        train(empty, tiny_encoder, tmp_path)
+    bad = with_columns(table(), {"weight": ([1.0] * 23 + [-1.0], Value("float32"))})
+    with pytest.raises(ValueError, match=r"row 23: weight -1.0"):
+        train(bad, tiny_encoder, tmp_path)
+    with pytest.raises(ValueError, match="label space"):
+        train(table(), tiny_encoder, tmp_path, load_labels(["animal", "other"]))
+    with pytest.raises(FileNotFoundError, match="label_ids|labels.json|model_card.json is missing"):
+        predict(table(), model=tmp_path)
+    half = shutil.copytree(student, tmp_path / "half")
+    (half / "model_card.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model_card.json is missing.*finished"):
+        predict(table(), model=half)
