@@ -68,10 +68,8 @@ def fingerprint(value: Any, known: dict[str, str]) -> tuple[str, dict[str, str]]
     """
     if not isinstance(value, Call):
         return _sha(_content(value, known)), {}
-    given = {**value.defaults, **value.arguments}
-    given.pop("output", None)  # where results are does not change them
     arguments = {}
-    for name, argument in given.items():
+    for name, argument in {**value.defaults, **value.arguments}.items():
         text = argument.value if isinstance(argument, Ref) else argument
         if name == "prompt" and isinstance(text, str | Path):
             from llmlabel.prompt import prompt_sha
@@ -189,7 +187,7 @@ def keep(
     if isinstance(value, Path):
         inside = value.resolve().is_relative_to(folder.resolve())
         place = value.resolve().relative_to(folder.resolve()) if inside else value
-        note |= {"kind": "path", "path": place.as_posix()}
+        note |= {"kind": "path", "path": place.as_posix(), "inside": inside}
     elif _is_dataset(type(value)):
         from llmlabel.data import save
 
@@ -220,8 +218,9 @@ def load_kept(folder: Path, *, returns: Any) -> Any:
 
 
 def _place(folder: Path, note: dict[str, Any]) -> Path:
-    names = {"dataset": "value.parquet", "json": "value.json"}
-    return folder / str(names.get(str(note.get("kind")), note.get("path", "")))
+    if note["kind"] == "path":
+        return folder / note["path"] if note["inside"] else Path(note["path"])
+    return folder / {"dataset": "value.parquet", "json": "value.json"}[note["kind"]]
 
 
 def _to_json(value: Any, returns: Any) -> Any:

@@ -96,7 +96,7 @@ class _Work:
         for name, value in bound.items():
             with _reported(recipe, name, folder):
                 self.marks[name], self.arguments[name] = keep.fingerprint(value, self.marks)
-            note = {"state": self._state(name), "fingerprint": self.marks[name]}
+            note = {**self._state(name), "fingerprint": self.marks[name]}
             old = before.get(name, {})
             if note["state"] == "kept" and old.get("fingerprint") == self.marks[name]:
                 note = old | note  # when it was computed, and how long that took
@@ -105,14 +105,16 @@ class _Work:
             self.notes[name] = note
         self.to_do = [name for name, note in self.notes.items() if note["state"] == "to do"]
 
-    def _state(self, name: str) -> str:
+    def _state(self, name: str) -> dict[str, Any]:
         value = self.bound[name]
         if not isinstance(value, Call):
-            return "given"
+            return {"state": "given"}
         if keep.is_live(value):
-            return "not needed"
-        kept = value.returns is not None and keep.read_kept(self.folder / name, self.marks[name])
-        return "kept" if kept and not self.force else "to do"
+            return {"state": "not needed"}
+        kept = keep.read_kept(self.folder / name, self.marks[name])
+        if kept is None or self.force or value.returns is None:
+            return {"state": "to do"}
+        return {"state": "kept", "kind": kept["kind"]}
 
     def compute(self, name: str) -> None:
         """Computes and keeps one variable; training in all processes, all else in the first."""
@@ -198,11 +200,8 @@ class _Work:
         queue = [ref for name in later for ref in _refs(self.bound[name])]
         while queue:
             name = queue.pop()
-            if name not in needed and self.notes[name]["state"] not in (
-                "kept",
-                "to do",
-                "computed",
-            ):
+            on_disk = self.notes[name]["state"] in ("kept", "to do", "computed")
+            if name not in needed and not on_disk:
                 queue += _refs(self.bound[name])
             needed.add(name)
         dropped = [name for name in self.memory if name not in needed]

@@ -345,6 +345,8 @@ def test_a_broken_note_counts_as_nothing_kept(did: list[str]) -> None:
     did.clear()
     go()
     assert did == ["fit"]
+    notes = json.loads(Path("runs/chain/run.json").read_text())["variables"]
+    assert (notes["numbers"]["state"], notes["numbers"]["kind"]) == ("kept", "json")
 
 
 def test_force_deletes_and_computes_everything(did: list[str]) -> None:
@@ -393,6 +395,14 @@ def test_a_function_without_a_result_writes_every_time(did: list[str]) -> None:
     assert Path("out.txt").read_text() == "1.5"
 
 
+def test_another_output_is_written_although_the_values_are_the_same(did: list[str]) -> None:
+    first = go(RECIPE, "model.output=.")["model"]
+    second = go(RECIPE, "model.output=toolbox")["model"]
+    assert (first, second) == (Path("model"), Path("toolbox/model"))
+    assert second.is_dir()
+    assert did.count("train") == 2
+
+
 def test_a_nested_call_is_part_of_its_variable(did: list[str]) -> None:
     text = """
 fitted: {call: toolbox.steps.fit, dataset: {call: toolbox.steps.rows, path: texts.txt}}
@@ -400,38 +410,6 @@ fitted: {call: toolbox.steps.fit, dataset: {call: toolbox.steps.rows, path: text
     assert go(text)["fitted"].value == 3.0
     go(text, "fitted.dataset.seed=1")
     assert did == ["rows", "fit", "rows", "fit"]
-
-
-# ------------------------------------------------------------------------------------- fingerprints
-
-
-def test_the_content_of_a_folder_is_its_names_and_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "classes"
-    (folder / "a").mkdir(parents=True)
-    (folder / "a" / "1.txt").write_text("x")
-    first = keep.content_sha(folder)
-    assert keep.content_sha(folder) == first
-    (folder / "a" / "1.txt").rename(folder / "a" / "2.txt")
-    renamed = keep.content_sha(folder)
-    (folder / "a" / "2.txt").write_text("y")
-    assert len({first, renamed, keep.content_sha(folder)}) == 3
-
-
-def test_a_large_file_is_known_by_size_and_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keep, "_LARGE_BYTES", 3)
-    path = tmp_path / "weights.bin"
-    path.write_bytes(b"1234")
-    first = keep.content_sha(path)
-    import os
-
-    os.utime(path, ns=(0, 0))
-    assert keep.content_sha(path) != first
-    path.write_bytes(b"123")
-    small = keep.content_sha(path)
-    os.utime(path, ns=(0, 0))
-    assert keep.content_sha(path) == small
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -255,7 +255,7 @@ def _fit(
                 optimizer.zero_grad()
                 advance(len(chosen))
             losses.append(total / float(rows.weights.sum()))
-    return losses, bool(accelerator.is_main_process)
+    return losses, accelerator
 
 
 def _update(  # noqa: PLR0913 - the loop's state, passed as values

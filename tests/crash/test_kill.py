@@ -1,0 +1,104 @@
+"""A run that is killed at any moment and started again ends with the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+labels: {{call: llmlabel.labelspace.load_labels, source: [cat, business, mat]}}
+texts: {{call: llmlabel.data.load, path: {texts}}}
+engine: {{call: llmlabel.engine.hf.HFEngine, model: "{decoder}", dtype: float32}}
+raw:
+  call: llmlabel.label.direct.label_direct
+  dataset: ${{texts}}
+  engine: ${{engine}}
+  labels: ${{labels}}
+  block_rows: 8
+llm: {{call: llmlabel.refine.debias.batch_calibration, dataset: "${{raw}}", labels: "${{labels}}"}}
+student:
+  call: llmlabel.train.classifier.train_classifier
+  dataset: ${{llm}}
+  labels: ${{labels}}
+  model: "{encoder}"
+  pooling: mean
+  num_train_epochs: 3
+predicted:
+  call: llmlabel.train.classifier.predict
+  dataset: ${{texts}}
+  model: ${{student}}
+  block_rows: 16
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but notes of times, locks, and what a killed writer left behind."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name not in {"run.json", "error.log", ".lock"}
+        and not path.name.startswith((".tmp-", ".old-"))
+    }
+
+
+def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "llmlabel", "run", str(recipe), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def test_killed_at_random_moments(tmp_path: Path, tiny_decoder: Path, tiny_encoder: Path) -> None:
+    texts = tmp_path / "texts.csv"
+    lines = [f"r{i},the cat sat on the mat {i} business" for i in range(96)]
+    texts.write_text("id,text\n" + "\n".join(lines) + "\n")
+    recipe = tmp_path / "chain.yaml"
+    recipe.write_text(RECIPE.format(texts=texts, decoder=tiny_decoder, encoder=tiny_encoder))
+    began = time.monotonic()
+    whole = start(recipe, tmp_path / "whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read().decode()
+    seconds = time.monotonic() - began
+    rng = np.random.default_rng(0)
+    killed = 0
+    for moment in rng.uniform(0.3, 1.0, 5) * seconds:
+        process = start(recipe, tmp_path / "killed")
+        time.sleep(moment)
+        if process.poll() is None:
+            killed += 1
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed >= 2  # later starts may be done before their moment
+    last = start(recipe, tmp_path / "killed")
+    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read().decode()
+    expected = contents(tmp_path / "whole")
+    assert len(expected) > 20
+    assert contents(tmp_path / "killed") == expected
+
+
+def test_interrupt_keeps_committed_work(tmp_path: Path, tiny_decoder: Path) -> None:
+    texts = tmp_path / "texts.csv"
+    texts.write_text("id,text\n" + "".join(f"r{i},the cat {i}\n" for i in range(4000)))
+    recipe = tmp_path / "chain.yaml"
+    recipe.write_text(
+        RECIPE.split("llm:")[0].format(texts=texts, decoder=tiny_decoder, encoder="")
+    )
+    process = start(recipe, tmp_path / "runs")
+    blocks = tmp_path / "runs" / "chain" / "raw" / "blocks"
+    for _ in range(600):
+        if blocks.is_dir() and len(list(blocks.glob("*.parquet"))) >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in said.decode()
+    assert len([p for p in blocks.iterdir() if p.suffix == ".parquet"]) >= 3

@@ -1,0 +1,111 @@
+"""Every shipped recipe: it fits its signatures, and as a program it gives what `run` gives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, List, Value
+
+from llmlabel.data import read_parquet, save, with_columns
+from llmlabel.labelspace import load_labels
+from llmlabel.recipe import check, load_recipe, run, to_python
+from llmlabel.softlabels import SoftLabels
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+FAKE = ["engine={call: llmlabel.engine.fake.FakeEngine}"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> Path:
+    """A folder with everything the shipped recipes read, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    labels = load_labels(["cat", "money", "mat"])
+    Path("labels.yaml").write_text("[cat, money, mat]\n")
+    texts = [f"{labels.names[i % 3]} number {i}" for i in range(60)]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    rows = Dataset.from_dict({"id": [str(i) for i in range(60)], "text": texts})
+    probs = np.eye(3)[np.arange(60) % 3] * 0.7 + 0.1
+    rows = SoftLabels.from_dense(probs, labels).add_to(rows)
+    for table in ("label/labeled", "train/predicted"):
+        save(rows, Path("runs") / table / "value.parquet")
+    sets = with_columns(rows, {"set_ids": ([[i % 3] for i in range(60)], List(Value("int32")))})
+    save(sets, Path("runs/calibrate/sets/value.parquet"))
+    gold = [{**row, "label": labels.names[i % 3]} for i, row in enumerate(rows)]
+    Path("gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    for i in range(60):
+        file = Path("corpus") / labels.names[i % 3] / f"{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(texts[i])
+    return tmp_path
+
+
+def overrides(name: str, tiny_encoder: Path) -> list[str]:
+    small = [f"student.model={tiny_encoder}", "student.num_train_epochs=1"]
+    return {
+        "label": FAKE,
+        "train": small,
+        "calibrate": [],
+        "report": [],
+        "quickstart": [
+            *FAKE,
+            "labels.source=[cat, money, mat]",
+            "articles.path=corpus",
+            f"minilm={tiny_encoder}",
+            "llm_raw.demonstrations=[]",
+            "encoder_raw={call: llmlabel.label.direct.label_direct, dataset: '${texts}', "
+            "engine: '${engine}', labels: '${labels}'}",
+            "texts.shares={train: 0.3, validation: 0.25, calibration: 0.25, test: 0.2}",
+        ],
+    }[name]
+
+
+def test_all_recipes_are_found() -> None:
+    assert [path.stem for path in RECIPES] == ["calibrate", "label", "quickstart", "report", "train"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_python_equals_run(path: Path, place: Path, tiny_encoder: Path) -> None:
+    recipe = load_recipe(str(path), overrides(path.stem, tiny_encoder))
+    check(recipe)
+    program = to_python(recipe, output=Path("by-python"))
+    results = run(recipe, output=Path("by-run"))
+    (place / "program.py").write_text(program)
+    ending = f"\n    return {{k: v for k, v in locals().items()}}\n"
+    assert "def main() -> None:" in program
+    compile(program, "program.py", "exec")
+    kept: dict[str, Any] = {
+        name: results[name] for name in results if isinstance(results[name], Dataset)
+    }
+    checked = program.replace('if __name__ == "__main__":', "if False:")
+    checked = checked.rstrip().replace("    main()", "    pass")
+    scope: dict[str, Any] = {"__name__": "program"}
+    body = checked.replace("def main() -> None:", "def main():")
+    lines = body.split("\n")
+    last = max(i for i, line in enumerate(lines) if line.startswith("    ") and "pass" not in line)
+    lines.insert(last + 1, ending)
+    exec(compile("\n".join(lines), "program.py", "exec"), scope)  # our own program
+    values = scope["main"]()
+    assert kept
+    for name, dataset in kept.items():
+        assert values[name].to_dict() == dataset.to_dict(), name
+
+
+def test_the_quickstart_trains_without_gold() -> None:
+    text = (FOLDER / "quickstart.yaml").read_text("utf-8")
+    assert text.index("gold rows turn probabilities") > text.index("second:")
+
+
+def test_the_printed_program_runs(place: Path) -> None:
+    recipe = load_recipe("label", FAKE)
+    (place / "p.py").write_text(to_python(recipe, output=Path("runs")))
+    subprocess.run([sys.executable, "p.py"], check=True, timeout=120, capture_output=True)
+    rows = [json.loads(line) for line in Path("labeled.jsonl").read_text().splitlines()]
+    assert len(rows) == 60
+    run(recipe, output=Path("by-run"))
+    kept = read_parquet(Path("by-run/label/labeled/value.parquet"))
+    assert [row["label_ids"] for row in rows] == kept["label_ids"][:]
