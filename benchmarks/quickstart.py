@@ -24,7 +24,11 @@ from llmlabel.softlabels import SoftLabels
 
 
 def self_training(
-    embeddings: np.ndarray, start: np.ndarray, train: np.ndarray, rounds: int = 4, share: float = 0.6
+    embeddings: np.ndarray,
+    start: np.ndarray,
+    train: np.ndarray,
+    rounds: int = 4,
+    share: float = 0.6,
 ) -> np.ndarray:
     """Labels of all rows after `rounds` of refitting on each label's most confident rows."""
     probs = start
@@ -67,8 +71,11 @@ def main() -> None:
         "self-training, frozen MiniLM": self_training(embeddings, start, train),
         f"{len(some)} gold rows, frozen MiniLM": supervised.predict(embeddings),
     }
-    for name, shown in {"llm": "SmolLM2, bias corrected", "consensus": "consensus of both teachers",
-                        "student": "llmlabel student"}.items():
+    for name, shown in {
+        "llm": "SmolLM2, bias corrected",
+        "consensus": "consensus of both teachers",
+        "student": "llmlabel student",
+    }.items():
         rows = read_parquet(arguments.run / name / "value.parquet")
         predictions[shown] = SoftLabels.from_dataset(rows, labels).dense().argmax(axis=1)
     words = sorted({len(text.split()) for text in texts["text"]})[-1]
@@ -77,7 +84,8 @@ def main() -> None:
         right = int((predicted[test] == gold[test]).sum())
         low, high = binomial_interval(right, len(test))
         result["accuracy"][name] = {
-            "value": round(right / len(test), 4), "interval": [round(low, 4), round(high, 4)]
+            "value": round(right / len(test), 4),
+            "interval": [round(low, 4), round(high, 4)],
         }
         print(f"{name:36} {right / len(test):.4f}  [{low:.3f}, {high:.3f}]")
     output = Path(__file__).parent / "results" / f"{arguments.name}.json"

@@ -18,7 +18,7 @@ from llmlabel.data import require_columns, with_columns
 from llmlabel.files import arrow_table, commit
 
 
-def map_blocks(  # noqa: PLR0913 - what a block depends on, what it is called, where it stays
+def map_blocks(
     dataset: Dataset,
     compute: Callable[[Dataset], Dataset],
     *,

@@ -185,7 +185,7 @@ def _show(recipe: "Recipe", results: "Results", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmlabel.keep import read_json
+    from llmlabel.recipe.keep import read_json
 
     width = None if sys.stdout.isatty() else 160  # a log has no width of its own
     console = Console(width=width, markup=False, highlight=False, emoji=False)

@@ -28,6 +28,7 @@ _MAX_FIELD = 2**31 - 1  # characters in a CSV field; the default of the csv modu
 
 
 def known_encodings(names: list[str]) -> list[str]:
+    """The names, when Python knows them and can try them row by row."""
     if not names:
         raise ValueError("encoding=[] is empty; try utf-8")
     for name in names:
@@ -41,6 +42,7 @@ def known_encodings(names: list[str]) -> list[str]:
 
 
 def read_table(path: str, encodings: list[str]) -> pa.Table:
+    """The rows of a file, a folder or a dataset of the hub; see `llmlabel.data.load`."""
     place = local_path(path)
     if place is None:
         return _read_hub(path)
@@ -162,6 +164,7 @@ def _table(columns: dict[str, Iterable[Any]]) -> pa.Table:
 
 
 def read_parquet_table(path: Path) -> pa.Table:
+    """The rows of a Parquet file, with categories as plain values."""
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from llmlabel.strictyaml import read_yaml
+
 ENTRY_KEYS = ("id", "name", "description", "parent", "parents")
 SUFFIXES = (".yaml", ".yml", ".json", ".csv", ".txt")
 
@@ -184,30 +186,6 @@ def _read(path: Path) -> Any:
             return _read_csv(text)
         case _:
             return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML itself forbids a key twice; PyYAML keeps the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - the signature of the parent
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line}: the key {key.value!r} is there twice; remove one")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(text: str) -> Any:
-    """Parses YAML; a broken document or a key defined twice is a one-line ValueError."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) 
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=128,
+        hidden_dropout_prob=0.0,  # dropout draws depend on how rows share batches
+        attention_probs_dropout_prob=0.0,
     )
     folder = tmp_path_factory.mktemp("tiny-encoder")
     with torch.random.fork_rng():

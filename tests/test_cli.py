@@ -139,7 +139,7 @@ def test_a_verb_is_the_shipped_recipe_of_its_name(
 ) -> None:
     (shop / "recipes").mkdir()
     (shop / "recipes" / f"{verb}.yaml").write_text(LABELS)
-    monkeypatch.setattr("llmlabel.recipe.__file__", str(shop / "recipe.py"))
+    monkeypatch.setattr("llmlabel.recipe.__file__", str(shop / "recipe" / "__init__.py"))
     done = llmlabel(verb, "labels.source=[one, two, three]", "--output", "out")
     assert done.exit_code == 0, done.output
     kept = json.loads((shop / "out" / verb / "labels" / "value.json").read_text())

@@ -19,10 +19,10 @@ HEAVY = (
     "sklearn",
 )
 LAYERS = (
-    "files data blocks models labelspace softlabels prompt metrics progress",
+    "strictyaml files data blocks models labelspace softlabels prompt metrics progress",
     "engine loss refine calibrate select",
-    "taxonomy label train report measure page plots",
-    "calls program keep runner recipe cli __main__ __init__",
+    "taxonomy label train report",
+    "recipe cli __main__ __init__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

@@ -65,7 +65,13 @@ def overrides(name: str, tiny_encoder: Path) -> list[str]:
 
 
 def test_all_recipes_are_found() -> None:
-    assert [path.stem for path in RECIPES] == ["calibrate", "label", "quickstart", "report", "train"]
+    assert [path.stem for path in RECIPES] == [
+        "calibrate",
+        "label",
+        "quickstart",
+        "report",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -74,22 +80,10 @@ def test_python_equals_run(path: Path, place: Path, tiny_encoder: Path) -> None:
     check(recipe)
     program = to_python(recipe, output=Path("by-python"))
     results = run(recipe, output=Path("by-run"))
-    (place / "program.py").write_text(program)
-    ending = f"\n    return {{k: v for k, v in locals().items()}}\n"
-    assert "def main() -> None:" in program
-    compile(program, "program.py", "exec")
-    kept: dict[str, Any] = {
-        name: results[name] for name in results if isinstance(results[name], Dataset)
-    }
-    checked = program.replace('if __name__ == "__main__":', "if False:")
-    checked = checked.rstrip().replace("    main()", "    pass")
     scope: dict[str, Any] = {"__name__": "program"}
-    body = checked.replace("def main() -> None:", "def main():")
-    lines = body.split("\n")
-    last = max(i for i, line in enumerate(lines) if line.startswith("    ") and "pass" not in line)
-    lines.insert(last + 1, ending)
-    exec(compile("\n".join(lines), "program.py", "exec"), scope)  # our own program
+    exec(compile(program, "program.py", "exec"), scope)
     values = scope["main"]()
+    kept = {name: results[name] for name in results if isinstance(results[name], Dataset)}
     assert kept
     for name, dataset in kept.items():
         assert values[name].to_dict() == dataset.to_dict(), name

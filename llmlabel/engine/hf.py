@@ -116,7 +116,7 @@ class HFEngine:
         for some in _batches([len(ids) - prefix for ids in rows], nodes, self.pass_tokens):
             own = [rows[i][prefix:] for i in some]
             for columns, part in parts:
-                log_probs[np.ix_(some, columns)] = self._read(own, part, start, prefix)
+                log_probs[np.ix_(np.array(some), columns)] = self._read(own, part, start, prefix)
         return Scores(log_probs, errors)
 
     def _prefix_cache(self, ids: list[int]) -> list[tuple[Tensor, Tensor]]:

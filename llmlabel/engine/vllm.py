@@ -29,10 +29,13 @@ class VLLMEngine:
         max_tokens: longer chats lose the end of their text and are reported.
         block_size: tokens per block of the prefix cache. A shared prefix shorter than a block is
             never reused, and the CPU default of 128 is longer than most instructions.
-        options: any further argument of `vllm.LLM`, such as `tensor_parallel_size`,
-            `gpu_memory_utilization`, `quantization`.
+        tensor_parallel_size: GPUs that share the model.
+        gpu_memory_utilization: share of a GPU's memory for weights and cache.
+        quantization: method of quantized weights, as vLLM names it.
+        enforce_eager: skips the compilation of the model: a faster start, for tests and CPUs.
     """
 
+    # No dict of further vLLM options: some of them run code of the model's or the recipe's maker.
     def __init__(
         self,
         model: str,
@@ -40,7 +43,10 @@ class VLLMEngine:
         dtype: str = "auto",
         max_tokens: int = 2048,
         block_size: int = 32,
-        options: dict[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        quantization: str | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         refuse_many_processes("VLLMEngine")
         try:
@@ -57,7 +63,10 @@ class VLLMEngine:
             max_model_len=max_tokens + 1,  # the read itself is one output token
             block_size=block_size,
             enable_prefix_caching=True,
-            **(options or {}),
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            quantization=quantization,
+            enforce_eager=enforce_eager,
         )
         self.tokenizer = self.llm.get_tokenizer()
         if self.tokenizer.chat_template is None:

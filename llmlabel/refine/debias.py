@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from llmlabel.engine import Engine
 from llmlabel.labelspace import LabelSpace
@@ -29,7 +29,7 @@ def batch_calibration(dataset: Dataset, labels: LabelSpace) -> Dataset:
         dataset: rows with soft labels; rows without one count for nothing and stay without.
         labels: their label space, single-label.
     """
-    soft, log_probs, has_label = _log_probs(dataset, labels)
+    log_probs, has_label = _log_probs(dataset, labels)
     if has_label.any():
         log_probs = log_probs - log_probs[has_label].mean(axis=0)
     return _replaced(dataset, labels, log_probs, has_label)
@@ -54,7 +54,7 @@ def content_free_calibration(
         prompt: the prompt file the rows were labelled with.
         texts: the content-free inputs, whose probabilities are averaged.
     """
-    _, log_probs, has_label = _log_probs(dataset, labels)
+    log_probs, has_label = _log_probs(dataset, labels)
     chats = [render(prompt, text=text, labels=labels.texts()) for text in texts]
     scores = engine.score(chats, labels.names)
     free = SoftLabels.from_scores(scores.log_probs, labels).dense().mean(axis=0)
@@ -63,21 +63,21 @@ def content_free_calibration(
 
 def _log_probs(
     dataset: Dataset, labels: LabelSpace
-) -> tuple[SoftLabels, Float[np.ndarray, "rows labels"], np.ndarray]:
+) -> tuple[Float[np.ndarray, "rows labels"], Bool[np.ndarray, " rows"]]:
     if labels.multilabel:
         raise ValueError(
             "bias correction compares labels that exclude each other; this label space is "
             "multi-label: its labels need a threshold each"
         )
     soft = SoftLabels.from_dataset(dataset, labels)
-    return soft, soft.log_dense(), np.diff(soft.probs.indptr) > 0
+    return soft.log_dense(), np.diff(soft.probs.indptr) > 0
 
 
 def _replaced(
     dataset: Dataset,
     labels: LabelSpace,
     log_probs: Float[np.ndarray, "rows labels"],
-    has_label: np.ndarray,
+    has_label: Bool[np.ndarray, " rows"],
 ) -> Dataset:
     log_probs = np.where(has_label[:, None], log_probs, -np.inf)
     return SoftLabels.from_scores(log_probs, labels).add_to(dataset)

@@ -35,6 +35,7 @@ from llmlabel.train.network import (
     load_classifier,
     new_network,
     save_network,
+    student_sha,
 )
 
 
@@ -111,13 +112,14 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         tokens = [
             tokenizer(text, truncation=True, max_length=max_length).input_ids for text in rows.texts
         ]
-        losses, main = _fit(network, rows, tokens, labels, settings)
-    if main:
+        losses, accelerator = _fit(network, rows, tokens, labels, settings)
+    if accelerator.is_main_process:
         card = {
             "model": model,
             "labels": labels.fingerprint,
             "rows": {"given": len(dataset), "trained": len(tokens)},
             "loss": losses,
+            "processes": accelerator.num_processes,
             "settings": settings,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }
@@ -145,8 +147,8 @@ def predict(
         output: folder that keeps finished blocks.
     """
     require_columns(dataset, "text")
-    labels = load_labels(model / "labels.json")
     network, tokenizer, card = load_classifier(model)
+    labels = load_labels(model / "labels.json")
     limit = int(card["settings"]["max_length"])
     name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
 
@@ -171,7 +173,7 @@ def predict(
             },
         )
 
-    digest = models.content_sha(model)
+    digest = student_sha(model)
     return map_blocks(
         dataset,
         compute,
@@ -217,8 +219,8 @@ def _fit(
     tokens: list[list[int]],
     labels: LabelSpace,
     settings: dict[str, Any],
-) -> tuple[list[float], bool]:
-    """Trains in place; the mean loss of every epoch, and whether this is the main process."""
+) -> tuple[list[float], Any]:
+    """Trains in place; the mean loss of every epoch, and the accelerator."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -258,7 +260,7 @@ def _fit(
     return losses, accelerator
 
 
-def _update(  # noqa: PLR0913 - the loop's state, passed as values
+def _update(
     wrapped: torch.nn.Module,
     rows: _Rows,
     tokens: list[list[int]],

@@ -7,7 +7,7 @@ A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from llmlabel import models
 from llmlabel.labelspace import LabelSpace, save_labels
 
 Pooling = Literal["last", "mean", "max"]
+
+
+_NEEDED = ("model_card.json", "labels.json", "head.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LabelSupervised(torch.nn.Module):
         pooling: over the tokens that are not padding.
     """
 
-    def __init__(self, backbone: torch.nn.Module, *, labels: int, pooling: Pooling) -> None:
+    def __init__(self, backbone: Any, *, labels: int, pooling: Pooling) -> None:
         super().__init__()
         self.backbone, self.pooling = backbone, pooling
         self.score = torch.nn.Linear(backbone.config.hidden_size, labels, bias=False)
@@ -71,6 +74,7 @@ def pool(
 
 
 def load_backbone(source: str, *, bidirectional: bool) -> Any:
+    """A base model in float32; `bidirectional` lets every token of a decoder see all others."""
     from transformers import AutoModel
 
     backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
@@ -85,6 +89,7 @@ def load_backbone(source: str, *, bidirectional: bool) -> Any:
 def new_network(
     model: str, labels: LabelSpace, settings: dict[str, Any]
 ) -> tuple[LabelSupervised, Any]:
+    """An untrained student and its tokenizer; adapters draw from torch's global generator."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
@@ -114,7 +119,7 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    for name in ("model_card.json", "labels.json", "head.safetensors", "adapter_model.safetensors"):
+    for name in _NEEDED:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"model folder {folder}: {name} is missing; give a folder that train_classifier "
@@ -123,13 +128,19 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
     card = json.loads((folder / "model_card.json").read_text("utf-8"))
     source = models.fetch(card["model"])
     backbone = load_backbone(source, bidirectional=card["settings"]["bidirectional"])
-    adapted = PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
     head = load_file(folder / "head.safetensors")
     network = LabelSupervised(
         adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
     )
     network.score.load_state_dict(head)
     return network.to(models.best_device()).eval(), AutoTokenizer.from_pretrained(source), card
+
+
+def student_sha(folder: Path) -> str:
+    """Sha256 of what a student's predictions depend on; other files in the folder do not count."""
+    names = (*_NEEDED, "adapter_config.json")
+    return "".join(models.content_sha(folder / name)[:8] for name in names)
 
 
 def save_network(

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +51,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(recipe: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "llmlabel", "run", str(recipe), "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def run_to_the_end(recipe: Path, output: Path) -> None:
+    with started(recipe, output) as process:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
 
 
 def test_killed_at_random_moments(tmp_path: Path, tiny_decoder: Path, tiny_encoder: Path) -> None:
@@ -64,21 +72,18 @@ def test_killed_at_random_moments(tmp_path: Path, tiny_decoder: Path, tiny_encod
     recipe = tmp_path / "chain.yaml"
     recipe.write_text(RECIPE.format(texts=texts, decoder=tiny_decoder, encoder=tiny_encoder))
     began = time.monotonic()
-    whole = start(recipe, tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0, whole.stderr and whole.stderr.read().decode()
+    run_to_the_end(recipe, tmp_path / "whole")
     seconds = time.monotonic() - began
     rng = np.random.default_rng(0)
     killed = 0
     for moment in rng.uniform(0.3, 1.0, 5) * seconds:
-        process = start(recipe, tmp_path / "killed")
-        time.sleep(moment)
-        if process.poll() is None:
-            killed += 1
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with started(recipe, tmp_path / "killed") as process:
+            time.sleep(moment)
+            if process.poll() is None:
+                killed += 1
+                process.kill()
     assert killed >= 2  # later starts may be done before their moment
-    last = start(recipe, tmp_path / "killed")
-    assert last.wait(timeout=300) == 0, last.stderr and last.stderr.read().decode()
+    run_to_the_end(recipe, tmp_path / "killed")
     expected = contents(tmp_path / "whole")
     assert len(expected) > 20
     assert contents(tmp_path / "killed") == expected
@@ -88,17 +93,15 @@ def test_interrupt_keeps_committed_work(tmp_path: Path, tiny_decoder: Path) -> N
     texts = tmp_path / "texts.csv"
     texts.write_text("id,text\n" + "".join(f"r{i},the cat {i}\n" for i in range(4000)))
     recipe = tmp_path / "chain.yaml"
-    recipe.write_text(
-        RECIPE.split("llm:")[0].format(texts=texts, decoder=tiny_decoder, encoder="")
-    )
-    process = start(recipe, tmp_path / "runs")
+    recipe.write_text(RECIPE.split("llm:")[0].format(texts=texts, decoder=tiny_decoder, encoder=""))
     blocks = tmp_path / "runs" / "chain" / "raw" / "blocks"
-    for _ in range(600):
-        if blocks.is_dir() and len(list(blocks.glob("*.parquet"))) >= 3:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command continues" in said.decode()
+    with started(recipe, tmp_path / "runs") as process:
+        for _ in range(600):
+            if blocks.is_dir() and len(list(blocks.glob("*.parquet"))) >= 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "the same command continues" in said
     assert len([p for p in blocks.iterdir() if p.suffix == ".parquet"]) >= 3

@@ -47,9 +47,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         from llmlabel.engine.vllm import VLLMEngine
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        yield VLLMEngine(
-            models.SMOLLM2, dtype="float32", max_tokens=400, options={"enforce_eager": True}
-        )
+        yield VLLMEngine(models.SMOLLM2, dtype="float32", max_tokens=400, enforce_eager=True)
 
 
 def chats(texts: list[str]) -> list[Chat]:
@@ -135,7 +133,7 @@ def test_vllm_equals_hf() -> None:
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     reading = HFEngine(models.SMOLLM2, dtype="float32").score(chats(TEXTS), LABELS)
-    serving = VLLMEngine(models.SMOLLM2, dtype="float32", options={"enforce_eager": True})
+    serving = VLLMEngine(models.SMOLLM2, dtype="float32", enforce_eager=True)
     given = serving.score(chats(TEXTS), LABELS)
     np.testing.assert_allclose(given.log_probs, reading.log_probs, atol=1e-3)
 

@@ -85,7 +85,7 @@ def test_same_seed_same_bytes_and_other_seed_other_bytes(
 
 def test_gold_is_never_read(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     wrong = with_columns(
-        table(), {"gold": ([[i % 2 == 0] for i in range(24)], List(Value("int32")))}
+        table(), {"gold": ([[int(i % 2 == 0)] for i in range(24)], List(Value("int32")))}
     )
     assert files(train(wrong, tiny_encoder, tmp_path / "m")) == files(student)
 
@@ -194,8 +194,8 @@ def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
         train(bad, tiny_encoder, tmp_path)
     with pytest.raises(ValueError, match="label space"):
         train(table(), tiny_encoder, tmp_path, load_labels(["animal", "other"]))
-    with pytest.raises(FileNotFoundError, match="label_ids|labels.json|model_card.json is missing"):
-        predict(table(), model=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model_card.json is missing"):
+        predict(table(), model=tiny_encoder)
     half = shutil.copytree(student, tmp_path / "half")
     (half / "model_card.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_card.json is missing.*finished"):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from llmlabel import keep
 from llmlabel.calibrate.conformal import Conformal
-from llmlabel.calls import Recipe, bind
 from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.recipe import keep
+from llmlabel.recipe.calls import Recipe, bind
 
 
 @dataclasses.dataclass(frozen=True)

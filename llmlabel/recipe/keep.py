@@ -21,7 +21,7 @@ import filelock
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic_core import PydanticSerializationError, SchemaError, to_jsonable_python
 
-from llmlabel.calls import Call, Ref
+from llmlabel.recipe.calls import Call, Ref
 
 _LARGE_BYTES = 64 * 1024**2
 """A larger file counts as unchanged while its size and time of change are."""
@@ -60,7 +60,7 @@ def fingerprint(value: Any, known: dict[str, str]) -> tuple[str, dict[str, str]]
     """The sha256 of a bound value, and for a call that of each argument.
 
     Args:
-        value: What `llmlabel.calls.bind` made of a variable.
+        value: What `llmlabel.recipe.calls.bind` made of a variable.
         known: The fingerprints of earlier variables.
 
     Raises:

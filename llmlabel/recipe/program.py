@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmlabel.calls import Call, RecipeError, Ref
+from llmlabel.recipe.calls import Call, RecipeError, Ref
 
 _WIDTH = 100
 _Names = dict[tuple[str, str], str]
@@ -17,7 +17,7 @@ def program(bound: dict[str, Any], *, title: str, output: Path) -> str:
     """Source that computes the variables in their order.
 
     Args:
-        bound: The variables, from `llmlabel.calls.bind`.
+        bound: The variables, from `llmlabel.recipe.calls.bind`.
         title: First line of the docstring.
         output: The run's folder; each variable that keeps files has one below it.
     """

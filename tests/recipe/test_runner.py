@@ -11,8 +11,7 @@ from typing import Any
 import filelock
 import pytest
 
-from llmlabel import keep
-from llmlabel.recipe import Results, StepError, load_recipe, run
+from llmlabel.recipe import Results, StepError, keep, load_recipe, run
 
 STEPS = '''
 import dataclasses, errno, os
@@ -480,7 +479,7 @@ def test_only_the_first_of_many_processes_computes_what_is_no_training(
     go()
     monkeypatch.setenv("RANK", "1")
     met: list[int] = []
-    monkeypatch.setattr("llmlabel.runner._meet", lambda: met.append(len(did)))
+    monkeypatch.setattr("llmlabel.recipe.runner._meet", lambda: met.append(len(did)))
     did.clear()
     before = files()
     with filelock.FileLock("runs/chain/.lock"):  # the first one holds it

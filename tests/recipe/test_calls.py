@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmlabel.calls import Call, Recipe, RecipeError, Ref, bind, install_hint, resolve
 from llmlabel.data import load, split
 from llmlabel.labelspace import load_labels
+from llmlabel.recipe.calls import Call, Recipe, RecipeError, Ref, bind, install_hint, resolve
 
 LABELS = {"call": "llmlabel.labelspace.load_labels", "source": ["bug", "praise"]}
 
@@ -63,9 +63,9 @@ def test_a_public_function_and_a_class_resolve() -> None:
         "llmlabel.data.COLUMNS",  # a value
         "llmlabel.labelspace.LabelSpace.index",  # a method
         "llmlabel.recipe.run",  # would open more packages than --allow
-        "llmlabel.runner.run",
+        "llmlabel.recipe.runner.run",
         "llmlabel.recipe.load_recipe",
-        "llmlabel.calls.resolve",
+        "llmlabel.recipe.calls.resolve",
         "llmlabel.cli.main",
         "llmlabel..data.load",
         "llmlabel.",

@@ -1,22 +1,20 @@
 """A recipe is a YAML file of Python assignments: load it, check it, print it as Python, run it.
 
 Three rules: every top-level key is a variable; a mapping with `call` is a call (dotted path and
-keyword arguments); `"${name}"` is an earlier variable. `llmlabel.calls` knows what a call may
-name, `llmlabel.runner` runs it, `llmlabel.keep` knows what of a run stays on disk.
+keyword arguments); `"${name}"` is an earlier variable. `llmlabel.recipe.calls` knows what a call may
+name, `llmlabel.recipe.runner` runs it, `llmlabel.recipe.keep` knows what of a run stays on disk.
 """
 
 import json
 import keyword
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llmlabel.calls import Recipe, RecipeError, bind, closest, resolve
-from llmlabel.program import program
-from llmlabel.runner import Results, StepError, run
+from llmlabel.recipe.calls import Recipe, RecipeError, bind, closest, resolve
+from llmlabel.recipe.program import program
+from llmlabel.recipe.runner import Results, StepError, run
+from llmlabel.strictyaml import read_yaml
 
 __all__ = [
     "Recipe",
@@ -29,36 +27,6 @@ __all__ = [
     "run",
     "to_python",
 ]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars, so that `1e-4` is a number and `no` a word; a key twice is an error."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (declared so in PyYAML)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  (the signature of PyYAML)
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))
-            line = key_node.start_mark.line + 1
-            if key in lines:
-                raise RecipeError(
-                    f"line {line}: {key!r} is defined twice, first in line {lines[key]}"
-                )
-            lines[key] = line
-        return super().construct_mapping(node, deep=deep)
-
-
-for _tag, _first, _pattern in [
-    ("null", ["~", "n", "N", ""], r"~|null|Null|NULL|"),
-    ("bool", list("tTfF"), r"true|True|TRUE|false|False|FALSE"),
-    ("int", list("-+0123456789"), r"[-+]?(0|[1-9][0-9_]*)"),
-    ("float", list("-+.0123456789"), r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?"),
-    ("float", list("-+0123456789"), r"[-+]?[0-9]+[eE][-+]?[0-9]+"),
-    ("float", list("-+."), r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
-]:
-    _tag_name, _whole = f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$")
-    _Loader.add_implicit_resolver(_tag_name, _whole, _first)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -91,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
     shipped = {p.relative_to(folder).with_suffix("").as_posix(): p for p in folder.rglob("*.yaml")}
     if str(path) in shipped:
@@ -103,13 +71,9 @@ def _find(path: Path) -> Path:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = read_yaml(text)
         json.dumps(content)  # a date, a set or a circle is nothing that an argument can be
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(f"{source}: {line}{error.problem or error.context}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from None
     return content
 

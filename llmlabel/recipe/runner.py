@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmlabel import keep
-from llmlabel.calls import Call, Recipe, Ref, bind, install_hint
+from llmlabel.recipe import keep
+from llmlabel.recipe.calls import Call, Recipe, Ref, bind, install_hint
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("llmlabel", "torch", "transformers", "datasets", "numpy")

@@ -24,9 +24,7 @@ from pydantic_core import SchemaError
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _ELSEWHERE = ("package:", "wheel:", "hub:")
-_RUNNERS = tuple(
-    f"llmlabel.{name}" for name in ("calls", "cli", "keep", "program", "recipe", "runner")
-)
+_RUNNERS = ("llmlabel.recipe.", "llmlabel.cli.")
 
 
 class RecipeError(ValueError):
@@ -108,7 +106,7 @@ def resolve(call: str, allow: Sequence[str] = ()) -> Callable[..., Any]:
         raise RecipeError(f"{call!r} is outside llmlabel{trust}")
     if any(part.startswith("_") for part in call.split(".")):
         raise RecipeError(f"{call!r} is private; a recipe calls public names")
-    if module_name in _RUNNERS:
+    if call.startswith(_RUNNERS):
         raise RecipeError(f"{call!r} runs recipes; a recipe calls steps")
     module = _import(module_name, call)
     found = getattr(module, name, None)

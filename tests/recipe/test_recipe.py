@@ -11,7 +11,7 @@ import pytest
 from llmlabel import recipe as recipes
 from llmlabel.recipe import RecipeError, check, load_recipe, run, to_python
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, text: str, name: str = "small.yaml") -> Path:
@@ -144,7 +144,7 @@ def test_an_unknown_recipe_names_the_closest_and_all() -> None:
 def test_the_wheel_has_its_recipes_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes" / "papers").mkdir(parents=True)
     write(tmp_path / "recipes" / "papers", "a: 1\n", "tnt.yaml")
-    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "recipe.py"))
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "recipe" / "__init__.py"))
     assert load_recipe("papers/tnt").assignments == {"a": 1}
     assert "shipped are papers/tnt" in failure("quickstart")
 
