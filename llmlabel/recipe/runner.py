@@ -268,6 +268,8 @@ def _is_main() -> bool:
 def _meet() -> None:
     """All processes of one launch wait for each other here."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        # Without the word, accelerate takes processes on CPUs for strangers and nobody waits.
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()

