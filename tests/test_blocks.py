@@ -1,5 +1,6 @@
 import hashlib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_damaged_blocks_are_computed_again(tmp_path: Path, texts: Dataset) -> No
 
 def test_block_names_are_frozen(tmp_path: Path, texts: Dataset) -> None:
     mapped(texts.select([0, 1]), Lengths(), output=tmp_path)
-    content = b'["k", ["r0", "r1"], ["text 0", "text 1"]]'
+    content = f'["{version("llmlabel")}", "k", ["r0", "r1"], ["text 0", "text 1"]]'.encode()
     name = f"{hashlib.sha256(content).hexdigest()[:24]}.parquet"
     assert [file.name for file in (tmp_path / "blocks").iterdir()] == [name]
 

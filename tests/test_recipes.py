@@ -45,7 +45,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -
 
 
 def overrides(name: str, tiny_encoder: Path) -> list[str]:
-    small = [f"student.model={tiny_encoder}", "student.num_train_epochs=1"]
+    small = [
+        f"student.model={tiny_encoder}",
+        "student.num_train_epochs=1",
+        "student.max_length=128",
+    ]
     return {
         "label": FAKE,
         "train": small,
@@ -57,6 +61,8 @@ def overrides(name: str, tiny_encoder: Path) -> list[str]:
             "articles.path=corpus",
             f"minilm={tiny_encoder}",
             "llm_raw.demonstrations=[]",
+            "first.max_length=128",
+            "second.max_length=128",
             "encoder_raw={call: llmlabel.label.direct.label_direct, dataset: '${texts}', "
             "engine: '${engine}', labels: '${labels}'}",
             "texts.shares={train: 0.3, validation: 0.25, calibration: 0.25, test: 0.2}",
@@ -89,9 +95,25 @@ def test_python_equals_run(path: Path, place: Path, tiny_encoder: Path) -> None:
         assert values[name].to_dict() == dataset.to_dict(), name
 
 
-def test_the_quickstart_trains_without_gold() -> None:
-    text = (FOLDER / "quickstart.yaml").read_text("utf-8")
-    assert text.index("gold rows turn probabilities") > text.index("second:")
+def test_the_quickstart_trains_without_gold(place: Path, tiny_encoder: Path) -> None:
+    """Other true labels: other reports, but the same student to the byte."""
+    given = [*overrides("quickstart", tiny_encoder), "articles.encoding=utf-8"]
+    results = {}
+    for shift in (0, 1):
+        names = ["cat", "money", "mat"]
+        rows = [
+            {"id": str(i), "text": f"{names[i % 3]} number {i}", "label": names[(i + shift) % 3]}
+            for i in range(60)
+        ]
+        path = Path(f"gold{shift}.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = load_recipe("quickstart", [*given, f"articles.path={path}"])
+        results[shift] = run(recipe, output=Path(f"runs{shift}"))
+    right, wrong = results[0], results[1]
+    assert right["texts"]["gold"][:] != wrong["texts"]["gold"][:]
+    assert right["report"]["summary"] != wrong["report"]["summary"]
+    for name in ("consensus", "relabeled", "student_raw"):
+        assert right[name]["label_probs"][:] == wrong[name]["label_probs"][:]
 
 
 def test_the_printed_program_runs(place: Path) -> None:

@@ -4,7 +4,10 @@
 reply, so that a label that is a prefix of another is scored right.
 """
 
+import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -60,6 +63,18 @@ class Engine(Protocol):
     def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
         """The joint probability of each label as the reply."""
         ...
+
+
+def chat_seeds(chats: Sequence[Chat], seed: int) -> list[int]:
+    """One seed per chat that depends on `seed`, the chat and its how-manieth occurrence only."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for chat in chats:
+        content = json.dumps(chat, sort_keys=True)
+        seen[content] += 1
+        digest = hashlib.sha256(f"{seed} {seen[content]} {content}".encode()).digest()
+        seeds.append(int.from_bytes(digest[:4], "big"))
+    return seeds
 
 
 def refuse_many_processes(engine: str) -> None:

@@ -25,7 +25,7 @@ class FakeEngine:
         self, *, noise: float = 1.0, mass: float = 0.9, max_characters: int = 10_000
     ) -> None:
         self.noise, self.mass, self.max_characters = noise, mass, max_characters
-        self.name = f"fake(noise={noise}, mass={mass})"
+        self.name = f"fake:noise={noise}:mass={mass}:{max_characters}"
 
     def generate(
         self,

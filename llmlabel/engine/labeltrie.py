@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from llmlabel.prompt import chat_text
-
-_CONTEXT = [{"role": "user", "content": "x"}]
+from llmlabel.prompt import reply_surroundings
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,21 +134,29 @@ class LabelTrie:
 
 @lru_cache(maxsize=16)
 def label_trie(tokenizer: Any, labels: tuple[str, ...]) -> LabelTrie:
-    """The trie of `labels` as replies, tokenized where a reply starts.
+    """The trie of `labels` as replies, tokenized where a reply stands in the chat template.
 
-    The end token is the tokenizer's end of turn. Where a tokenizer joins the label with what stands
-    before it, the label's own tokens are used.
+    A reply ends with the first control token that the template writes after it (the end of a turn,
+    which is not always the end-of-text token), or with end-of-text where it writes none. Where a
+    tokenizer joins a label with what stands before it, all labels are tokenized by themselves.
     """
-    start = chat_text(tokenizer, _CONTEXT)
+    start, lead, after = reply_surroundings(tokenizer)
     before = list(tokenizer(start, add_special_tokens=False).input_ids)
-    joined = tokenizer([start + label for label in labels], add_special_tokens=False).input_ids
-    alone = tokenizer(list(labels), add_special_tokens=False).input_ids
+    replies = [lead + label + after for label in labels]
+    joined = tokenizer([start + reply for reply in replies], add_special_tokens=False).input_ids
+    if all(list(ids[: len(before)]) == before for ids in joined):
+        tokens = [list(ids[len(before) :]) for ids in joined]
+    else:
+        tokens = [list(ids) for ids in tokenizer(replies, add_special_tokens=False).input_ids]
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     sequences = []
-    for label, whole, own in zip(labels, joined, alone, strict=True):
-        tokens = whole[len(before) :] if list(whole[: len(before)]) == before else own
-        if not tokens:
+    for label, ids in zip(labels, tokens, strict=True):
+        ends = [i for i, token in enumerate(ids) if token in control]
+        if ends and ends[0] == 0:
             raise ValueError(f"label {label!r} has no tokens for this model; rename it")
-        sequences.append([*tokens, tokenizer.eos_token_id])
+        # Without a control token after the reply, what the template writes there is no part of it.
+        own = tokenizer(lead + label, add_special_tokens=False).input_ids
+        sequences.append(ids[: ends[0] + 1] if ends else [*own, tokenizer.eos_token_id])
     try:
         return LabelTrie.of(sequences)
     except ValueError as error:

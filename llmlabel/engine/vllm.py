@@ -7,13 +7,14 @@ cache holds nearly all of it.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from llmlabel import models
-from llmlabel.engine import Reply, Scores, refuse_many_processes
+from llmlabel.engine import Reply, Scores, chat_seeds, refuse_many_processes
 from llmlabel.engine.labeltrie import LabelTrie, label_trie
 from llmlabel.prompt import Chat, chat_tokens
 
@@ -38,7 +39,7 @@ class VLLMEngine:
     # No dict of further vLLM options: some of them run code of the model's or the recipe's maker.
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
         dtype: str = "auto",
         max_tokens: int = 2048,
@@ -50,6 +51,7 @@ class VLLMEngine:
     ) -> None:
         refuse_many_processes("VLLMEngine")
         try:
+            from transformers import AutoConfig
             from vllm import LLM
         except ImportError as error:
             raise ImportError(
@@ -57,10 +59,13 @@ class VLLMEngine:
                 f"virtual environment of its own ({error})"
             ) from error
         path = models.fetch(model)
+        config = AutoConfig.from_pretrained(path)
+        # The read itself is one output token.
+        self.max_tokens = min(max_tokens, models.context_tokens(config) - 1)
         self.llm = LLM(
             model=path,
             dtype=dtype,
-            max_model_len=max_tokens + 1,  # the read itself is one output token
+            max_model_len=self.max_tokens + 1,
             block_size=block_size,
             enable_prefix_caching=True,
             tensor_parallel_size=tensor_parallel_size,
@@ -71,9 +76,9 @@ class VLLMEngine:
         self.tokenizer = self.llm.get_tokenizer()
         if self.tokenizer.chat_template is None:
             raise ValueError(f"model {model!r} has no chat template; use an instruction-tuned one")
-        self.max_tokens = max_tokens
         used = str(self.llm.model_config.dtype).removeprefix("torch.")
-        self.name = f"vllm:{models.model_name(model)}:{used}"
+        known = models.model_sha(path, config)
+        self.name = f"vllm:{models.model_name(model)}@{known}:{used}:{self.max_tokens}"
 
     def generate(
         self,
@@ -97,10 +102,10 @@ class VLLMEngine:
             SamplingParams(
                 max_tokens=max_tokens,
                 temperature=temperature,
-                seed=seed + row,
+                seed=chat_seed,
                 structured_outputs=held,
             )
-            for row in range(len(chats))
+            for chat_seed in chat_seeds(chats, seed)
         ]
         outputs = self._run([ids for ids, _ in read], params)
         return [

@@ -1,5 +1,6 @@
 """Zero-shot labels from a sentence encoder: how close a text lies to each label's description."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Encoder(Protocol):
 
 def label_embedding(
     dataset: Dataset,
-    encoder: str | Encoder,
+    encoder: str | Path | Encoder,
     labels: LabelSpace,
     *,
     scale: float = 20.0,
@@ -38,9 +39,10 @@ def label_embedding(
 ) -> Dataset:
     """Adds softmax(`scale` x cosine) of each text against "name: description" of each label.
 
-    In a multi-label space each label gets the probability that it is closer than the mean of all
-    labels: sigmoid(`scale` x (cosine - mean cosine of the row)). A text without a character to read
-    gets no label and an `error`.
+    The form of CLIP's zero-shot classifier (arXiv 2103.00020, section 3.1). In a multi-label space,
+    where softmax has no meaning and no published form is known to us, each label gets
+    sigmoid(`scale` x (cosine - mean cosine of the row)). A text without a character to read gets no
+    label and an `error`.
 
     Args:
         dataset: rows with `id` and `text`.
@@ -51,13 +53,18 @@ def label_embedding(
         output: folder that keeps finished blocks; the same call continues there.
     """
     require_columns(dataset, "id", "text")
-    name = encoder if isinstance(encoder, str) else type(encoder).__name__
-    name = f"encoder:{models.model_name(name)}"
+    if isinstance(encoder, str | Path):
+        path = models.fetch(encoder)
+        name = f"encoder:{models.model_name(encoder)}@{models.model_sha(path)}"
+    else:  # nothing but its vectors tells one encoder from another
+        vectors = _encode(encoder, labels.texts()).astype(np.float32)
+        digest = hashlib.sha256(vectors.round(4).tobytes()).hexdigest()[:8]
+        name = f"encoder:{type(encoder).__name__}@{digest}"
     loaded: list[tuple[Encoder, Float[np.ndarray, "labels width"]]] = []
 
     def compute(block: Dataset) -> Dataset:
         if not loaded:  # not before a block has to be computed
-            ready = models.load_encoder(encoder) if isinstance(encoder, str) else encoder
+            ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
             loaded.append((ready, _encode(ready, labels.texts())))
         ready, anchors = loaded[0]
         texts = block["text"][:]

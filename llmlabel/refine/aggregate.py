@@ -51,7 +51,7 @@ def aggregate(
             )
     read = [SoftLabels.from_dataset(rows, labels) for rows in sources.values()]
     probs = np.stack([soft.dense() for soft in read])
-    voting = probs.sum(axis=2) > 0
+    voting = (probs.sum(axis=2) > 0) & (shares > 0)[:, None]
     if method == "log_average" and not labels.multilabel:
         values = np.stack([soft.log_dense() for soft in read])
     elif method == "majority" and not labels.multilabel:
@@ -73,6 +73,9 @@ def aggregate(
             "votes": (_votes(list(sources), probs, voting), _VOTES),
             "weight": (np.minimum(confidence, 1.0).astype(np.float32) ** 2, Value("float32")),
             "engine": ([" + ".join(sources)] * len(ids), Value("string")),
+            # of the first source, and nothing that all of them share
+            "label_mass": ([None] * len(ids), Value("float32")),
+            "prompt_sha": ([None] * len(ids), Value("string")),
             "error": (
                 [None if any_ else "no source has a label" for any_ in voting.any(axis=0)],
                 Value("string"),
@@ -91,7 +94,8 @@ def consensus_confidence(
     exp(-0.1 spread) min(1.1, 1 + 0.05 (members - 2)). 0 where no source chose the label.
 
     Differs from the paper: a document has no box, so the spread is 1 minus the mean overlap
-    sum_c min(p_c, mean_c) of the members' distributions with their mean.
+    sum_c min(p_c, mean_c) of the members' distributions with their mean; a single member is scored
+    too, not dropped.
     """
     rows = np.arange(len(label))
     member = (probs.argmax(axis=2) == label) & (probs.sum(axis=2) > 0)

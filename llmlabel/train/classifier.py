@@ -5,7 +5,8 @@ adapters and a head without bias are trained by cross-entropy. The same trainer 
 encoders.
 
 Differs from the paper: targets may be soft; padding is neither attended nor pooled; no test row is
-ever looked at. `bidirectional` removes the causal mask (LS-unLLaMA).
+ever looked at; the head starts at zero and learns five times as fast; the learning rate rises first
+and then falls. `bidirectional` removes the causal mask (LS-unLLaMA).
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from llmlabel.train.network import (
     LabelSupervised,
     LoRA,
     Pooling,
+    check_output,
     load_classifier,
     new_network,
     save_network,
@@ -43,7 +45,7 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
     dataset: Dataset,
     labels: LabelSpace,
     *,
-    model: str,
+    model: str | Path,
     output: Path,
     pooling: Pooling = "last",
     bidirectional: bool = False,
@@ -77,7 +79,8 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         head_learning_rate: of the head; five times `learning_rate` when not given.
         per_device_train_batch_size: rows a process takes at a time.
         gradient_accumulation_steps: batches summed before an update. The update divides by the
-            weights of all rows of all processes, so the layout does not change the result.
+            weights of all rows of all processes, so without dropout the layout does not change the
+            result.
         weight_decay: of AdamW.
         warmup_ratio: share of the updates in which the learning rate rises.
         max_length: tokens per text; longer ones are cut.
@@ -96,7 +99,9 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         "lora": asdict(lora),
         "num_train_epochs": num_train_epochs,
         "learning_rate": learning_rate,
-        "head_learning_rate": head_learning_rate or 5 * learning_rate,
+        "head_learning_rate": (
+            5 * learning_rate if head_learning_rate is None else head_learning_rate
+        ),
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "weight_decay": weight_decay,
@@ -106,16 +111,17 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         "seed": seed,
     }
     rows = _training_rows(dataset, labels)
+    check_output(output)
     with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
         torch.manual_seed(seed)
-        network, tokenizer = new_network(model, labels, settings)
+        network, tokenizer = new_network(str(model), labels, settings)
         tokens = [
             tokenizer(text, truncation=True, max_length=max_length).input_ids for text in rows.texts
         ]
         losses, accelerator = _fit(network, rows, tokens, labels, settings)
     if accelerator.is_main_process:
         card = {
-            "model": model,
+            "model": str(model),
             "labels": labels.fingerprint,
             "rows": {"given": len(dataset), "trained": len(tokens)},
             "loss": losses,
@@ -123,7 +129,7 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
             "settings": settings,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }
-        save_network(network, model, labels, card, output)
+        save_network(network, str(model), labels, card, output)
     return output
 
 
@@ -160,7 +166,10 @@ def predict(
         ]
         kept = [i for i, error in enumerate(errors) if error != "empty text"]
         cut = [
-            tokenizer(block["text"][i], truncation=True, max_length=limit).input_ids for i in kept
+            tokenizer(block["text"][i], truncation=True, max_length=limit).input_ids
+            if len(tokens[i]) > limit
+            else tokens[i]
+            for i in kept
         ]
         probs = np.zeros((len(block), len(labels)))
         probs[kept] = _probabilities(network, cut, labels, pass_tokens)
@@ -222,10 +231,9 @@ def _fit(
 ) -> tuple[list[float], Any]:
     """Trains in place; the mean loss of every epoch, and the accelerator."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
 
     accelerator = Accelerator(cpu=models.best_device().type == "cpu")
-    set_seed(settings["seed"] + accelerator.process_index)  # dropout differs between processes
+    torch.manual_seed(settings["seed"] + accelerator.process_index)  # each its own dropout
     head = list(network.score.parameters())
     adapters = [p for p in network.backbone.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -276,20 +284,18 @@ def _update(
     size = settings["per_device_train_batch_size"]
     parts = [own[i : i + size] for i in range(0, max(len(own), 1), size)]
     compare = binary_cross_entropy if labels.multilabel else soft_cross_entropy
-    half = models.best_dtype(accelerator.device)
-    if settings["dtype"] != "auto":
-        half = getattr(torch, settings["dtype"])
+    number_format = _number_format(settings["dtype"], accelerator.device)
     summed = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(parts):
         # An idle process still joins the exchange: with a row of its neighbours' and weight 0.
         ids, mask = _padded(tokens, part or chosen[:1], accelerator.device)
         weights = torch.from_numpy(rows.weights[part or chosen[:1]] * bool(part))
         targets = torch.from_numpy(rows.targets[part or chosen[:1]])
-        autocast = half != torch.float32
+        autocast = number_format != torch.float32
         last = number == len(parts) - 1
         with (
             nullcontext() if last else accelerator.no_sync(wrapped),
-            torch.autocast(accelerator.device.type, dtype=half, enabled=autocast),
+            torch.autocast(accelerator.device.type, dtype=number_format, enabled=autocast),
         ):
             logits = wrapped(ids, mask).float()
             values = compare(logits, targets.to(logits))
@@ -298,6 +304,14 @@ def _update(
             accelerator.backward(loss * processes)
         summed += loss.detach() * total
     return float(accelerator.reduce(summed, "sum"))
+
+
+def _number_format(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is never float16, whose gradients vanish without a loss scale."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    best = models.best_dtype(device)
+    return best if best == torch.bfloat16 else torch.float32
 
 
 def _update_batches(

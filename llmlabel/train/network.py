@@ -5,6 +5,8 @@ A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT
 """
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmlabel import models
+from llmlabel.files import commit, write_text
 from llmlabel.labelspace import LabelSpace, save_labels
 
 Pooling = Literal["last", "mean", "max"]
@@ -24,7 +27,10 @@ _NEEDED = ("model_card.json", "labels.json", "head.safetensors", "adapter_model.
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters; the paper's constants."""
+    """Low-rank adapters; rank, alpha and dropout of the paper.
+
+    Differs from the paper: all linear layers of the backbone, not only q_proj and v_proj.
+    """
 
     r: int = 12
     alpha: int = 32
@@ -103,6 +109,11 @@ def new_network(
         task_type="FEATURE_EXTRACTION",
     )
     backbone = load_backbone(source, bidirectional=settings["bidirectional"])
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is not None and settings["max_length"] > limit:
+        raise ValueError(
+            f"max_length={settings['max_length']} is more than the {limit} tokens of {model}"
+        )
     network = LabelSupervised(
         get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
     )
@@ -138,9 +149,26 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
 
 
 def student_sha(folder: Path) -> str:
-    """Sha256 of what a student's predictions depend on; other files in the folder do not count."""
+    """Stands for what a student's predictions depend on: its own files and its backbone's."""
+    card = json.loads((folder / "model_card.json").read_text("utf-8"))
     names = (*_NEEDED, "adapter_config.json")
-    return "".join(models.content_sha(folder / name)[:8] for name in names)
+    parts = [models.content_sha(folder / name)[:8] for name in names]
+    return "".join([*parts, models.model_sha(models.fetch(card["model"]))])
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder whose files are not those of a student.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    ours = {*_NEEDED, "adapter_config.json", "kept.json", "value.json"}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in ours and not path.name.startswith("."):
+            raise ValueError(
+                f"output={folder}: it holds {path.name}, which is no file of a student; "
+                "give a new or empty folder"
+            )
 
 
 def save_network(
@@ -151,16 +179,18 @@ def save_network(
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_card.json").unlink(missing_ok=True)
-    network.backbone.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the card says more
-    config_path = folder / "adapter_config.json"
-    config = json.loads(config_path.read_text("utf-8"))
-    # PEFT writes a path of this machine and a set in random order.
-    config["base_model_name_or_path"] = model.partition("#")[0]
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = sorted(config["target_modules"])
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    weight = network.score.weight.detach().cpu().contiguous()
-    save_file({"weight": weight}, folder / "head.safetensors")
+    with tempfile.TemporaryDirectory() as place:  # PEFT adds a README.md of its own
+        made = Path(place)
+        network.backbone.save_pretrained(made)
+        config = json.loads((made / "adapter_config.json").read_text("utf-8"))
+        # PEFT writes a path of this machine and a set in random order.
+        config["base_model_name_or_path"] = model.partition("#")[0]
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = sorted(config["target_modules"])
+        write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+        weights = made / "adapter_model.safetensors"
+        commit(folder / weights.name, lambda path: shutil.copyfile(weights, path))
+    head = {"weight": network.score.weight.detach().cpu().contiguous()}
+    commit(folder / "head.safetensors", lambda path: save_file(head, path))
     save_labels(labels, folder / "labels.json")
-    (folder / "model_card.json").write_text(json.dumps(card, indent=2) + "\n", "utf-8")
+    write_text(folder / "model_card.json", json.dumps(card, indent=2))

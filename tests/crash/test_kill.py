@@ -32,6 +32,7 @@ student:
   model: "{encoder}"
   pooling: mean
   num_train_epochs: 3
+  max_length: 128
 predicted:
   call: llmlabel.train.classifier.predict
   dataset: ${{texts}}

@@ -1,4 +1,4 @@
-"""Two processes train the same student as one, and engines refuse to be started twice."""
+"""Two processes train the same student as one."""
 
 import json
 import os
@@ -30,6 +30,7 @@ student:
   dtype: float32
   learning_rate: 0.005
   num_train_epochs: 2
+  max_length: 128
   per_device_train_batch_size: {batch}
 predicted: {{call: llmlabel.train.classifier.predict, dataset: "${{rows}}", model: "${{student}}"}}
 """

@@ -38,6 +38,7 @@ def train(
         "dtype": "float32",
         "per_device_train_batch_size": 8,
         "lora": NO_DROPOUT,
+        "max_length": 128,
     }
     return train_classifier(
         dataset, labels, model=str(model), output=output, **{**arguments, **given}
@@ -196,6 +197,13 @@ def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
         train(table(), tiny_encoder, tmp_path, load_labels(["animal", "other"]))
     with pytest.raises(FileNotFoundError, match=r"model_card.json is missing"):
         predict(table(), model=tiny_encoder)
+    with pytest.raises(ValueError, match=r"max_length=300 is more than the 128 tokens"):
+        train(table(), tiny_encoder, tmp_path / "long", max_length=300)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    with pytest.raises(ValueError, match=r"holds README.md, which is no file of a student"):
+        train(table(), tiny_encoder, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my notes"
     half = shutil.copytree(student, tmp_path / "half")
     (half / "model_card.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_card.json is missing.*finished"):
