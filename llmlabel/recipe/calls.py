@@ -23,7 +23,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
-_ELSEWHERE = ("package:", "wheel:", "hub:")
+_ELSEWHERE = ("package:", "wheel:")
 _RUNNERS = ("llmlabel.recipe.", "llmlabel.cli.")
 
 

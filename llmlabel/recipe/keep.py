@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import shutil
 import types
 import typing
 from collections.abc import Iterator
@@ -22,9 +23,6 @@ from pydantic import PydanticUserError, TypeAdapter
 from pydantic_core import PydanticSerializationError, SchemaError, to_jsonable_python
 
 from llmlabel.recipe.calls import Call, Ref
-
-_LARGE_BYTES = 64 * 1024**2
-"""A larger file counts as unchanged while its size and time of change are."""
 
 
 def version(package: str) -> str | None:
@@ -51,6 +49,16 @@ def lock(folder: Path) -> Iterator[None]:
         ) from None
     with held:
         yield
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed writer left half done; to be called under the lock."""
+    for pattern in (".tmp-*", ".old-*"):
+        for path in folder.rglob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------- fingerprints
@@ -99,7 +107,7 @@ def _content(value: Any, known: dict[str, str], *, files: tuple[type, ...] = ())
         return [_content(part, known, files=inner) for part in value]
     is_package = isinstance(value, str) and value.startswith("package:")
     if isinstance(value, str | Path) and (isinstance(value, files) or is_package):
-        from llmlabel.models import local_path
+        from llmlabel.models import content_sha, local_path
 
         if (path := local_path(value)) is not None:
             return {"name": path.name, "content": content_sha(path)}
@@ -109,20 +117,6 @@ def _content(value: Any, known: dict[str, str], *, files: tuple[type, ...] = ())
 def as_json(value: Any) -> Any:
     """JSON for a value of a recipe or a signature; a name stands for what JSON does not know."""
     return to_jsonable_python(value, fallback=lambda v: getattr(v, "__qualname__", str(type(v))))
-
-
-def content_sha(path: Path) -> str:
-    """The sha256 of a file, or of the names and contents of all files below a folder."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
-        status = file.stat()
-        if status.st_size > _LARGE_BYTES:
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        else:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _sha(content: Any) -> str:

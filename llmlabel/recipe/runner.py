@@ -69,6 +69,8 @@ def run(
     bound = bind(recipe, allow=allow)
     folder = output / recipe.name
     with keep.lock(folder) if _is_main() else nullcontext():
+        if _is_main():
+            keep.sweep(folder)
         work = _Work(recipe, bound, folder, force=force)
         _meet()  # all have seen the same kept results before the first one changes
         work.write_notes()

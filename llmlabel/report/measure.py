@@ -1,7 +1,6 @@
 """Every number of a report: the sources side by side, on the rows that are measured."""
 
 import dataclasses
-import re
 from collections import Counter
 from typing import Any
 
@@ -10,7 +9,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 
 from llmlabel import metrics
-from llmlabel.data import gold_index, gold_matrix, require_columns
+from llmlabel.data import gold_index, gold_matrix, plain_words, require_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -19,8 +18,6 @@ MOST_LABELS = 20
 
 MOST_POINTS = 200
 """Of a curve."""
-
-RELIABILITY_BINS = 10
 
 NO_LABEL = "no label"
 
@@ -219,7 +216,7 @@ def measure(run: Run, name: str) -> dict[str, Any]:
         "nll": metrics.nll(probs, gold),
         "brier": metrics.brier(probs, gold),
         "ece": metrics.ece(probs, gold),
-        "aurc": metrics.aurc(probs.max(axis=1), said == gold),
+        "aurc": metrics.aurc(probs.max(axis=1), metrics.correct(probs, gold)),
     }
 
 
@@ -301,10 +298,10 @@ def curves(run: Run) -> dict[str, Any]:
     if not run.single_gold:
         return {"reliability": None, "risk_coverage": None}
     probs = _dense(run, run.student)
-    correct = metrics.predicted(probs) == run.gold
+    correct = metrics.correct(probs, run.gold)
     kept, risk = metrics.risk_coverage(probs.max(axis=1), correct)
     some = np.unique(np.linspace(0, len(kept) - 1, MOST_POINTS).round().astype(int))
-    mean, share, rows = metrics.reliability(probs, run.gold, bins=RELIABILITY_BINS)
+    mean, share, rows = metrics.reliability(probs, run.gold)
     return {
         "reliability": {"confidence": mean, "correct": share, "rows": rows},
         "risk_coverage": {"kept": kept[some], "risk": risk[some]},
@@ -315,7 +312,7 @@ def overlap(run: Run) -> int | None:
     """Number of measured rows whose words also stand in another split, whatever their case."""
     if run.split is None:
         return None
-    texts = [" ".join(re.findall(r"\w+", text.lower())) for text in run.table["text"]]
+    texts = [plain_words(text) for text in run.table["text"]]
     here = set(run.measured.tolist())
     others = {text for row, text in enumerate(texts) if row not in here}
     return sum(texts[row] in others for row in run.measured)

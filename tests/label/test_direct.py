@@ -45,7 +45,7 @@ def test_joint_probabilities_are_normalised(labels: LabelSpace) -> None:
     engine = Known(
         [
             list(np.log([0.2, 0.1, 0.1])),
-            list(np.log([0.01, 0.0, 0.03]) if 0 else [np.log(0.01), -np.inf, np.log(0.03)]),
+            [np.log(0.01), -np.inf, np.log(0.03)],
         ]
     )
     got = label_direct(table(["x", "y"]), engine, labels)
@@ -152,6 +152,19 @@ def test_multilabel_prompts_name_the_label() -> None:
         '"bug" fit?' in engine.asked[0][-1]["content"],
         '"praise" fit?' in engine.asked[1][-1]["content"],
     ] == [True, True]
+
+
+def test_multilabel_demonstrations_answer_for_the_label_that_is_asked() -> None:
+    labels = load_labels(["bug", {"id": "p", "name": "praise"}], multilabel=True)
+    engine = Known([[-1.0, -1.0]] * 2)
+    shown = [{"text": "It crashed.", "label": ["bug"]}, {"text": "Well done.", "label": ["p"]}]
+    label_direct(table(["x"]), engine, labels, demonstrations=shown)
+    answers = [[m["content"] for m in chat if m["role"] == "assistant"] for chat in engine.asked]
+    assert answers == [["yes", "no"], ["no", "yes"]]
+    with pytest.raises(ValueError, match=r"label is 'bug'; a list of all true labels is needed"):
+        label_direct(
+            table(["x"]), engine, labels, demonstrations=[{"text": "It crashed.", "label": "bug"}]
+        )
 
 
 def test_order_of_rows_does_not_matter(labels: LabelSpace) -> None:

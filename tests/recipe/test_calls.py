@@ -297,7 +297,7 @@ def test_a_missing_file_names_its_neighbour(texts: dict[str, Any]) -> None:
     assert line == (
         f"label.yaml: texts.path: no file or folder {path!r}; did you mean 'tickets.jsonl'?"
     )
-    for elsewhere in ("package:corpus/x.csv", "hub:owner/name", "owner/name", "owner/name:train"):
+    for elsewhere in ("package:corpus/x.csv", "owner/name", "owner/name:train"):
         bind(Recipe("r", Path("r.yaml"), {"texts": texts | {"path": elsewhere}}))
     assert "no file or folder 'data/x.jsonl'" in problem(texts=texts | {"path": "data/x.jsonl"})
 

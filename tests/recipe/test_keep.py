@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 
+from llmlabel import models
 from llmlabel.calibrate.conformal import Conformal
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.recipe import keep
@@ -179,24 +180,35 @@ def test_the_content_of_a_folder_is_its_names_and_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "classes"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "1.txt").write_text("x")
-    first = keep.content_sha(folder)
-    assert keep.content_sha(folder) == first
+    first = models.content_sha(folder)
+    assert models.content_sha(folder) == first
     (folder / "a" / "1.txt").rename(folder / "a" / "2.txt")
-    renamed = keep.content_sha(folder)
+    renamed = models.content_sha(folder)
     (folder / "a" / "2.txt").write_text("y")
-    assert len({first, renamed, keep.content_sha(folder)}) == 3
+    assert len({first, renamed, models.content_sha(folder)}) == 3
 
 
 def test_a_large_file_is_known_by_size_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keep, "_LARGE_BYTES", 3)
+    monkeypatch.setattr(models, "_LARGE_BYTES", 3)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"1234")
-    first = keep.content_sha(path)
+    first = models.content_sha(path)
     os.utime(path, ns=(0, 0))
-    assert keep.content_sha(path) != first
+    assert models.content_sha(path) != first
     path.write_bytes(b"123")
-    small = keep.content_sha(path)
+    small = models.content_sha(path)
     os.utime(path, ns=(0, 0))
-    assert keep.content_sha(path) == small
+    assert models.content_sha(path) == small
+
+
+def test_sweep_takes_what_a_killed_writer_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a" / ".tmp-1-x").mkdir(parents=True)
+    (tmp_path / "a" / ".tmp-1-x" / "inner").write_text("half")
+    (tmp_path / ".old-2-y").write_text("old")
+    (tmp_path / "a" / "kept.json").write_text("{}")
+    (tmp_path / ".lock").write_text("")
+    keep.sweep(tmp_path)
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
+    assert left == [".lock", "a", "a/kept.json"]

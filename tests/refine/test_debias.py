@@ -7,16 +7,18 @@ from datasets import Dataset
 from llmlabel.engine import Scores
 from llmlabel.engine.fake import FakeEngine
 from llmlabel.labelspace import load_labels
-from llmlabel.prompt import Chat
+from llmlabel.prompt import Chat, prompt_sha
 from llmlabel.refine.debias import batch_calibration, content_free_calibration
 from llmlabel.softlabels import SoftLabels
 
 LABELS = load_labels(["a", "b", "c"])
+SHA = prompt_sha("label/direct")
 
 
 def table(probs: np.ndarray) -> Dataset:
     ids = [f"r{i}" for i in range(len(probs))]
-    return SoftLabels.from_dense(probs, LABELS).add_to(Dataset.from_dict({"id": ids, "text": ids}))
+    rows = Dataset.from_dict({"id": ids, "text": ids, "prompt_sha": [SHA] * len(ids)})
+    return SoftLabels.from_dense(probs, LABELS).add_to(rows)
 
 
 def dense(dataset: Dataset) -> np.ndarray:
@@ -24,7 +26,8 @@ def dense(dataset: Dataset) -> np.ndarray:
 
 
 def test_two_rows_by_hand() -> None:
-    got = dense(batch_calibration(table(np.array([[0.8, 0.1, 0.1], [0.2, 0.4, 0.4]])), LABELS))
+    probs = np.array([[0.8, 0.1, 0.1], [0.2, 0.4, 0.4]])
+    got = dense(batch_calibration(table(np.tile(probs, (5, 1))), LABELS))
     # geometric means over the rows: 0.4, 0.2, 0.2
     np.testing.assert_allclose(got[0], np.array([2.0, 0.5, 0.5]) / 3.0, rtol=1e-5)
     np.testing.assert_allclose(got[1], np.array([0.5, 2.0, 2.0]) / 4.5, rtol=1e-5)
@@ -45,11 +48,12 @@ def test_a_constant_preference_is_removed_exactly(seed: int) -> None:
 
 
 def test_rows_without_a_label_stay_without_and_count_for_nothing() -> None:
-    probs = np.array([[0.8, 0.1, 0.1], [0.0, 0.0, 0.0], [0.2, 0.4, 0.4]])
+    probs = np.tile([[0.8, 0.1, 0.1], [0.0, 0.0, 0.0], [0.2, 0.4, 0.4]], (5, 1))
+    has = probs.sum(axis=1) > 0
     got = dense(batch_calibration(table(probs), LABELS))
-    alone = dense(batch_calibration(table(probs[[0, 2]]), LABELS))
-    np.testing.assert_array_equal(got[1], 0)
-    np.testing.assert_allclose(got[[0, 2]], alone, rtol=1e-6)
+    np.testing.assert_array_equal(got[~has], 0)
+    alone = dense(batch_calibration(table(probs[has]), LABELS))
+    np.testing.assert_allclose(got[has], alone, rtol=1e-6)
     none = batch_calibration(table(np.zeros((2, 3))), LABELS)
     assert none["label_ids"][:] == [[], []]
 
@@ -69,6 +73,17 @@ def test_content_free_inputs_divide() -> None:
     # mean of (.6, .2, .2) and (.3, .1, .6): (.45, .15, .4)
     expected = np.array([1.0, 0.2 / 0.15, 0.35 / 0.4])
     np.testing.assert_allclose(dense(got)[0], expected / expected.sum(), rtol=1e-5)
+
+
+def test_a_mean_of_a_few_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"only 9 rows have a soft label.*more rows"):
+        batch_calibration(table(np.array([[0.05, 0.9, 0.05]] * 9)), LABELS)
+
+
+def test_another_prompt_is_refused() -> None:
+    rows = table(np.array([[0.05, 0.9, 0.05]]))
+    with pytest.raises(ValueError, match=r"label/applies.*labelled with"):
+        content_free_calibration(rows, FakeEngine(), LABELS, prompt="label/applies")
 
 
 def test_multilabel_is_refused() -> None:
