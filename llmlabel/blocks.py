@@ -6,6 +6,7 @@ carries the call and its rows, so the same call finds it again and another call 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -43,13 +44,16 @@ def map_blocks(
         name: what the progress display calls this work.
 
     Raises:
-        ValueError: there are no rows, or `compute` lost or invented some.
+        ValueError: there are no rows, two have the same id, or `compute` lost or invented some.
     """
     require_columns(dataset, "id", "text")
     if not len(dataset):
         raise ValueError(f"{name}: there are no rows to work on")
     if block_rows < 1:
         raise ValueError(f"{name}: block_rows must be at least 1; got {block_rows}")
+    id, times = Counter(dataset["id"][:]).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{name}: {times} rows have the id {id!r}; give each an id of its own")
     tables = []
     with progress.task(name, total=len(dataset)) as advance:
         for start in range(0, len(dataset), block_rows):

@@ -156,7 +156,10 @@ def _errors_in_one_line() -> Iterator[None]:
         typer.echo("stopped; the same command continues", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without its number
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        lines = text.splitlines() or [type(error).__name__]
         typer.echo(f"error: {lines[0]}", err=True)
         raise typer.Exit(2) from None
 
@@ -166,6 +169,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for bars in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{bars}_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

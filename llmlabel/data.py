@@ -6,13 +6,10 @@ user's. Rows are joined by `id`. What a step computes row by row goes through
 `llmlabel.blocks`, so that a crash loses at most the block in work.
 """
 
-import csv
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,14 @@ from llmlabel.files import (
     known_encodings,
     read_parquet_table,
     read_table,
+    write_rows,
 )
 from llmlabel.labelspace import LabelSpace
 
 COLUMNS: dict[str, str] = {
     "id": "string: key of the row, unique, survives every step",
     "text": "string: the input",
-    "gold": "list<int32>: positions of the true labels; empty = none of these",
+    "gold": "list<int32>: positions of the true labels; empty = none of these, null = unknown",
     "label_ids": "list<int32>: positions of the labels of a soft label, most probable first",
     "label_probs": "list<float32>: their probabilities; what is missing to 1 is unknown",
     "label_mass": "float32: probability that the model answered inside the label set",
@@ -50,6 +48,15 @@ COLUMNS: dict[str, str] = {
     "set_ids": "list<int32>: positions of the labels of the prediction set",
     "split": "string: the part of the data that the row belongs to",
 }
+
+_READABLE = {
+    "string": r"(large_)?string(_view)?",
+    "float32": r"u?int\d+|float|double|halffloat",
+    "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
+    "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
+    "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
+}
+"""Types of `COLUMNS` -> the Arrow types, as text, whose values can be read as that."""
 
 _ADDED_BY = {
     "id": "llmlabel.data.load adds it",
@@ -85,7 +92,7 @@ def load(
         text: Name of the column with the texts; null becomes "".
         id: Name of the column with the keys; without a column `id` it is the row number from 0.
         gold: Name of the column with the true label of a row, or a list of them, as ids or names;
-            null, "" and an empty list all mean none of the labels.
+            an empty list means none of the labels, null and "" that nobody knows.
         labels: The label space that `gold` refers to.
         encoding: What the file's bytes mean; of several, each row takes the first that fits.
 
@@ -139,7 +146,7 @@ def _column(table: pa.Table, name: str, argument: str) -> pa.ChunkedArray:
     if name in table.column_names:
         return table[name]
     close = difflib.get_close_matches(name, table.column_names, n=1)
-    hint = f"did you mean {argument}={close[0]!r}?" if close else f"say which with {argument}=NAME"
+    hint = f"did you mean {argument}={close[0]!r}?" if close else f"say which with {argument}=NAME."
     raise ValueError(
         f"there is no column {name!r}; {hint} The columns are {', '.join(table.column_names)}"
     )
@@ -147,9 +154,7 @@ def _column(table: pa.Table, name: str, argument: str) -> pa.ChunkedArray:
 
 def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = _column(table, name, "text")
-    kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or pa.types.is_string_view(kind) or pa.types.is_null(kind)):
+    if not re.fullmatch(rf"{_READABLE['string']}|null", str(column.type)):
         row = pc.index(column.is_valid(), True).as_py()
         value = column[row].as_py()
         raise ValueError(
@@ -162,8 +167,7 @@ def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
 def _ids(table: pa.Table, name: str) -> pa.Array:
     if name == "id" and name not in table.column_names:
         return pa.array([str(row) for row in range(table.num_rows)])
-    values = _column(table, name, "id").to_pylist()
-    ids = ["" if value is None else str(value) for value in values]
+    ids = ["" if id is None else str(id) for id in _column(table, name, "id").to_pylist()]
     first: dict[str, int] = {}
     for row, id in enumerate(ids, start=1):
         if not id:
@@ -180,9 +184,12 @@ def _golds(table: pa.Table, name: str, labels: LabelSpace) -> pa.Array:
     values = _column(table, name, "gold").to_pylist()
     feature = Features.from_arrow_schema(table.schema)[name]
     inner = feature.feature if isinstance(feature, List | LargeList) else feature
-    golds = []
+    golds: list[list[int] | None] = []
     for id, value in zip(table["id"].to_pylist(), values, strict=True):
-        given = value if isinstance(value, list) else [] if value in (None, "") else [value]
+        if value is None or value == "" or (isinstance(inner, ClassLabel) and value == -1):
+            golds.append(None)
+            continue
+        given = value if isinstance(value, list) else [value]
         if isinstance(inner, ClassLabel):  # the hub's way: numbers in the file, names beside it
             given = [inner.names[number] for number in given if number >= 0]
         try:
@@ -199,7 +206,10 @@ def _position(label: Any, labels: LabelSpace) -> int:
 
 
 def require_columns(dataset: Dataset, *names: str) -> None:
-    """Raises a ValueError that names the first column that is missing, and what would add it."""
+    """Raises a ValueError that names the first column that is missing, and what would add it.
+
+    Also refuses a column that has one of the names in `COLUMNS` and holds something else.
+    """
     for name in names:
         if name not in dataset.column_names:
             way_out = f"; {_ADDED_BY[name]}" if name in _ADDED_BY else ""
@@ -207,6 +217,22 @@ def require_columns(dataset: Dataset, *names: str) -> None:
                 f"the column {name!r} is missing; there are {', '.join(dataset.column_names)}"
                 f"{way_out}"
             )
+        if kind := _unreadable(dataset, name):
+            raise ValueError(
+                f"the column {name!r} holds {kind}, but the name means {COLUMNS[name]}; rename it "
+                "or write that (a .csv turns lists into text, .jsonl and .parquet keep them)"
+            )
+
+
+def _unreadable(dataset: Dataset, name: str) -> str | None:
+    """The Arrow type of a column that is not what `COLUMNS` says; ids may be anything."""
+    kind = str(dataset.features.arrow_schema.field(name).type)
+    if name == "text" and dataset.data.column(name).null_count and None in dataset[name][:]:
+        return "nulls"  # counted first, because that is cheap, though rows not selected count too
+    if name == "id" or name not in COLUMNS or kind == "null":
+        return None
+    meant = COLUMNS[name].partition(":")[0].removesuffix(" or null")
+    return None if re.fullmatch(_READABLE[meant], kind) else kind
 
 
 def with_columns(dataset: Dataset, columns: dict[str, tuple[Any, Any]]) -> Dataset:
@@ -232,47 +258,52 @@ def with_columns(dataset: Dataset, columns: dict[str, tuple[Any, Any]]) -> Datas
     return Dataset(InMemoryTable(table.replace_schema_metadata(schema.metadata)))
 
 
-def gold_index(dataset: Dataset) -> Int[np.ndarray, " rows"]:
-    """The true label of each row, -1 where none of the labels is true.
+def with_gold(dataset: Dataset) -> Dataset:
+    """The rows whose true labels are known; an empty list is known to be none of the labels."""
+    require_columns(dataset, "gold")
+    known = arrow_table(dataset.select_columns(["gold"]))["gold"].is_valid()
+    return dataset.select(np.flatnonzero(known.to_numpy()))
 
-    Raises:
-        ValueError: A row has several.
-    """
-    lengths, values = _gold_lists(dataset)
-    if (several := np.flatnonzero(lengths > 1)).size:
-        row = dataset[int(several[0])]
+
+def gold_index(dataset: Dataset, labels: LabelSpace) -> Int[np.ndarray, " rows"]:
+    """The true label of each row, -1 where there is none or nobody knows; several are an error."""
+    rows, values = _golds_given(dataset, labels)
+    if (several := np.flatnonzero(np.diff(rows) == 0)).size:
+        row = dataset[int(rows[several[0]])]
         raise ValueError(
             f"row with id {row.get('id')!r} has the gold labels {row['gold']}; multi-label rows "
             "have no single true label"
         )
     index = np.full(len(dataset), -1, dtype=np.int64)
-    index[lengths == 1] = values
+    index[rows] = values
     return index
 
 
 def gold_matrix(dataset: Dataset, labels: LabelSpace) -> Bool[np.ndarray, "rows labels"]:
     """Whether each label is true for each row."""
-    lengths, values = _gold_lists(dataset)
-    rows = np.repeat(np.arange(len(dataset)), lengths)
+    rows, values = _golds_given(dataset, labels)
+    matrix = np.zeros((len(dataset), len(labels)), dtype=bool)
+    matrix[rows, values] = True
+    return matrix
+
+
+def _golds_given(
+    dataset: Dataset, labels: LabelSpace
+) -> tuple[Int[np.ndarray, " golds"], Int[np.ndarray, " golds"]]:
+    """Row and label of every gold label, by row."""
+    require_columns(dataset, "gold")
+    lists = arrow_table(dataset.select_columns(["gold"]))["gold"].combine_chunks()
+    lists = lists.cast(pa.list_(pa.int64()))
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(dataset)), lengths.astype(np.int64))
+    values = lists.flatten().fill_null(-1).to_numpy(zero_copy_only=False)
     if (outside := np.flatnonzero((values < 0) | (values >= len(labels)))).size:
         row = dataset[int(rows[outside[0]])]
         raise ValueError(
             f"row with id {row.get('id')!r} has the gold label {values[outside[0]]}, but there are "
             f"only {len(labels)} labels; load gold with this label space"
         )
-    matrix = np.zeros((len(dataset), len(labels)), dtype=bool)
-    matrix[rows, values] = True
-    return matrix
-
-
-def _gold_lists(
-    dataset: Dataset,
-) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " golds"]]:
-    require_columns(dataset, "gold")
-    lists = arrow_table(dataset.select_columns(["gold"]))["gold"].combine_chunks()
-    lists = lists.cast(pa.list_(pa.int64()))
-    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return lengths.astype(np.int64), lists.flatten().to_numpy(zero_copy_only=False)
+    return rows, values
 
 
 # ------------------------------------------------------------------------- choosing and joining
@@ -293,7 +324,7 @@ def split(dataset: Dataset, *, shares: dict[str, float], seed: int = 0) -> Datas
     The order and the number of rows do not matter, and texts that differ only in case, punctuation
     and white space always land together, so that no copy of a test row is ever trained on.
     """
-    if "" in shares or any(share <= 0 for share in shares.values()):
+    if "" in shares or not all(share > 0 for share in shares.values()):
         raise ValueError(f"shares must have names, and values above 0; got {shares}")
     if abs(sum(shares.values()) - 1) > 1e-9:
         raise ValueError(f"shares must sum to 1; {shares} sum to {sum(shares.values()):g}")
@@ -302,9 +333,8 @@ def split(dataset: Dataset, *, shares: dict[str, float], seed: int = 0) -> Datas
     require_columns(dataset, "text")
     bounds = np.cumsum(list(shares.values()))[:-1]
     points = [_point(text, seed) for text in dataset["text"][:]]
-    chosen = np.searchsorted(bounds, points, side="right")
-    names = list(shares)
-    return with_columns(dataset, {"split": ([names[n] for n in chosen], Value("string"))})
+    chosen = np.array(list(shares))[np.searchsorted(bounds, points, side="right")]
+    return with_columns(dataset, {"split": (chosen.tolist(), Value("string"))})
 
 
 def plain_words(text: str) -> str:
@@ -364,10 +394,8 @@ def save(dataset: Dataset, output: Path) -> Path:
         case ".parquet":
             table = arrow_table(dataset)  # its chunks, so the file's pages, depend on rows alone
             commit(output, lambda temporary: pq.write_table(table, temporary))
-        case ".jsonl" | ".ndjson":
-            commit(output, lambda temporary: _write_jsonl(dataset, temporary))
-        case ".csv" | ".tsv":
-            commit(output, lambda temporary: _write_csv(dataset, temporary))
+        case ".jsonl" | ".ndjson" | ".csv" | ".tsv":
+            commit(output, lambda temporary: write_rows(dataset, temporary))
         case "":
             if output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
                 raise ValueError(f"{output}: the folder holds other things; give a new folder")
@@ -378,27 +406,3 @@ def save(dataset: Dataset, output: Path) -> Path:
                 "without a suffix"
             )
     return output
-
-
-def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    for batch in arrow_table(dataset).to_batches(max_chunksize=1000):
-        yield from batch.to_pylist()
-
-
-def _write_jsonl(dataset: Dataset, path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        for record in _records(dataset):
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-
-
-def _write_csv(dataset: Dataset, path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        writer.writerow(dataset.column_names)
-        for record in _records(dataset):
-            writer.writerow(
-                json.dumps(value, ensure_ascii=False, default=str)
-                if isinstance(value, list | dict)
-                else value
-                for value in record.values()
-            )

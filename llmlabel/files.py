@@ -11,8 +11,9 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -250,22 +251,29 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
             _remove(old)
         else:
             temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"the disk is full, so {path} was not written; everything committed before it is "
-                "kept: free some space and run the same command again",
-            ) from error
+    except Exception as error:
+        if disk_is_full(error):
+            message = "the disk is full; what is kept stays: free space, run it again"
+            raise OSError(getattr(error, "errno", errno.ENOSPC), message, str(path)) from error
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # nobody but this function knows the other
         raise
     finally:
-        _remove(temporary)
+        with suppress(OSError):  # of a disk that cannot be written; what failed first is told
+            _remove(temporary)
     _fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Commits a text file that ends with a line end."""
     commit(path, lambda temporary: temporary.write_text(text.rstrip("\n") + "\n", "utf-8"))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Also in the words of safetensors and of SQLite, whose errors are no OSError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "(os error 28)" in str(error) or "disk is full" in str(error)
 
 
 def _fsync(path: Path) -> None:
@@ -297,3 +305,30 @@ def arrow_table(dataset: Dataset) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *tables]).replace_schema_metadata(
         schema.metadata
     )
+
+
+def write_rows(dataset: Dataset, path: Path) -> None:
+    """UTF-8: one JSON object a row, or in a .csv or .tsv a header and then rows, lists as JSON."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            _write_csv(dataset, file, "\t" if path.suffix.lower() == ".tsv" else ",")
+            return
+        for record in _records(dataset):
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+
+def _write_csv(dataset: Dataset, file: IO[str], delimiter: str) -> None:
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(dataset.column_names)
+    for record in _records(dataset):
+        writer.writerow(
+            json.dumps(value, ensure_ascii=False, default=str)
+            if isinstance(value, list | dict)
+            else value
+            for value in record.values()
+        )
+
+
+def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    for batch in arrow_table(dataset).to_batches(max_chunksize=1000):
+        yield from batch.to_pylist()

@@ -4,6 +4,9 @@
 A row of `probs` that is all 0 has no prediction (its reply could not be read): it counts as wrong.
 """
 
+import math
+from fractions import Fraction
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -157,3 +160,22 @@ def correct(probs: Probs, gold: LabelIds) -> Bool[np.ndarray, " rows"]:
 def _gold_probs(probs: Probs, gold: LabelIds) -> Float[np.ndarray, " rows"]:
     picked = probs[np.arange(len(gold)), gold].astype(np.float64)  # -1 reads the last label
     return np.where(gold >= 0, picked, 0.0)
+
+
+def promised_coverage(
+    *, calibration_rows: int, rows: int, alpha: float, level: float = 0.95
+) -> tuple[float, float]:
+    """The middle `level` of the coverage on `rows` new rows when split conformal keeps its promise.
+
+    Exact: with k = ceil((n + 1)(1 - alpha)), the number of covered rows is beta-binomial(rows, k,
+    n + 1 - k) over the draw of the n calibration rows and the new ones (Vovk 2012, proposition 2a,
+    for scores without ties).
+    """
+    from scipy.stats import betabinom
+
+    k = math.ceil((1 - Fraction(str(alpha))) * (calibration_rows + 1))
+    if k > calibration_rows:
+        return 1.0, 1.0
+    covered = betabinom(rows, k, calibration_rows + 1 - k)
+    tail = (1 - level) / 2
+    return float(covered.ppf(tail) / rows), float(covered.ppf(1 - tail) / rows)

@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +111,10 @@ def check_model_folder(folder: Path) -> None:
         raise FileNotFoundError(f"model folder {folder}: config.json is missing; {way_out}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weights = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        try:
+            weights = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"model folder {folder}: {index.name} is damaged; {way_out}") from None
     else:
         weights = sorted(path.name for path in folder.glob("*.safetensors"))
         if not weights and not list(folder.glob("*.bin")):
@@ -119,14 +124,35 @@ def check_model_folder(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"model folder {folder}: {name} is missing; {way_out}")
         if path.stat().st_size < _safetensors_bytes(path):
-            raise ValueError(f"model folder {folder}: {name} is cut short; {way_out}")
+            raise ValueError(f"model folder {folder}: {name} is cut short or damaged; {way_out}")
+
+
+@contextmanager
+def loading(model: str | Path) -> Iterator[None]:
+    """Names the model in whatever other libraries raise while they read it.
+
+    Raises:
+        ValueError: it cannot be read; a package that is not installed stays an ImportError.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # half a file, no network, no such name: each fails in its own way
+        line = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"model {str(model)!r} cannot be loaded ({type(error).__name__}: {line}); check the name, "
+            "copy or download it again, or give another"
+        ) from error
 
 
 def load_encoder(model: str | Path) -> "SentenceTransformer":
     """A sentence-transformers model in inference mode."""
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(fetch(model))
+    path = fetch(model)
+    with loading(model):
+        return SentenceTransformer(path)
 
 
 def model_name(source: str | Path) -> str:
@@ -282,7 +308,9 @@ def _from_gguf(path: Path) -> Path:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with loading(path):
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -293,14 +321,15 @@ def _from_gguf(path: Path) -> Path:
     plain.load_state_dict(read.state_dict(), assign=True)
     plain.tie_weights()
     partial = Path(tempfile.mkdtemp(dir=target.parent))
-    plain.to(torch.bfloat16).save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
     try:
+        plain.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(target)
     except OSError:  # another process was faster; its folder holds the same
-        shutil.rmtree(partial)
         if not target.exists():
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -311,9 +340,12 @@ def _safetensors_bytes(path: Path) -> int:
         if len(prefix) < 8:
             return 8
         (length,) = struct.unpack("<Q", prefix)
+        if path.stat().st_size < 8 + length:  # cut short, or no length at all
+            return 8 + int(length)
         header = file.read(length)
-    if len(header) < length:
-        return 8 + int(length)
-    entries = json.loads(header)
+    try:
+        entries = json.loads(header)
+    except ValueError:
+        return sys.maxsize
     ends = [e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"]
     return 8 + int(length) + max(ends, default=0)

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
-from llmlabel.data import with_columns
+from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -62,16 +62,36 @@ def keep_confident(dataset: Dataset, labels: LabelSpace, *, share: float) -> Dat
         raise ValueError(f"share must be above 0 and at most 1; got {share}")
     if labels.multilabel:
         raise ValueError("keep_confident needs labels that exclude each other (single-label)")
+    require_columns(dataset, "id")
     probs = SoftLabels.from_dataset(dataset, labels).dense()
     best, confidence = probs.argmax(axis=1), probs.max(axis=1)
     ids = np.array(dataset["id"][:])
-    weights = np.ones(len(dataset), dtype=np.float32)
-    if "weight" in dataset.column_names:
-        weights = np.array([1 if w is None else w for w in dataset["weight"]], dtype=np.float32)
+    weights = row_weights(dataset)
     kept = np.zeros(len(dataset), dtype=bool)
     for label in range(len(labels)):
         rows = np.flatnonzero((best == label) & (confidence > 0) & (weights > 0))
         order = np.lexsort((ids[rows], -confidence[rows]))  # ties by id, never by position
         count = math.ceil(Fraction(str(share)) * len(rows))  # 0.07 of 100 rows are 7, not 8
         kept[rows[order[:count]]] = True
-    return with_columns(dataset, {"weight": (np.where(kept, weights, 0), Value("float32"))})
+    weights = np.where(kept, weights, 0).astype(np.float32)
+    return with_columns(dataset, {"weight": (weights, Value("float32"))})
+
+
+def row_weights(dataset: Dataset) -> Float[np.ndarray, " rows"]:
+    """The column `weight`; 1 where it is null, and for all rows where there is none.
+
+    Raises:
+        ValueError: A weight is negative, infinite or no number.
+    """
+    if "weight" not in dataset.column_names:
+        return np.ones(len(dataset))
+    require_columns(dataset, "weight")
+    given = dataset["weight"][:]
+    weights = np.array([1.0 if weight is None else weight for weight in given], dtype=np.float64)
+    if (bad := np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))).size:
+        row = dataset[int(bad[0])]
+        raise ValueError(
+            f"row with id {row.get('id')!r} has the weight {row['weight']}; write a number of at "
+            "least 0, or null for 1"
+        )
+    return weights

@@ -115,6 +115,19 @@ class SoftLabels:
         _check_probs(probs, labels, row_name=row_name)
         return cls(probs, labels.fingerprint, labels.multilabel)
 
+    @classmethod
+    def from_sources(
+        cls, sources: dict[str, Dataset], labels: LabelSpace
+    ) -> dict[str, "SoftLabels"]:
+        """`from_dataset` of several tables; what is wrong names its source."""
+        found = {}
+        for name, dataset in sources.items():
+            try:
+                found[name] = cls.from_dataset(dataset, labels)
+            except ValueError as error:
+                raise ValueError(f"source {name!r}: {error}") from None
+        return found
+
     @property
     def missing_mass(self) -> Float[np.ndarray, " rows"]:
         """Probability that each row leaves to labels not stored; 1 for a row without a soft label.

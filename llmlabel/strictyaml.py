@@ -51,5 +51,7 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}{error.problem or error.context}") from None
+    except RecursionError:
+        raise ValueError("the brackets or lists are nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{' '.join(str(error).split())}") from None

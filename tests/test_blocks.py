@@ -130,6 +130,9 @@ def test_rows_in_are_rows_out(tmp_path: Path, texts: Dataset) -> None:
         mapped(texts.select([]), Lengths())
     with pytest.raises(ValueError, match="block_rows must be at least 1; got 0"):
         mapped(texts, Lengths(), block_rows=0)
+    twice = texts.select([0, 1, 0])
+    with pytest.raises(ValueError, match="label: 2 rows have the id 'r0'; give each an id"):
+        mapped(twice, Lengths())
 
 
 def test_blocks_report_progress(texts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "steps.py").write_text(STEPS)
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "VLLM_LOGGING_LEVEL"):
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "error")
     for name in (
         "HF_HUB_DISABLE_PROGRESS_BARS",

@@ -376,7 +376,7 @@ def test_missing_text_column(write: Write) -> None:
         r"no column 'text'; did you mean text='txt'\? .*id, txt, n",
     )
     fails(
-        write("t.csv", "id,body\n1,x\n"), r"no column 'text'; say which with text=NAME .*id, body"
+        write("t.csv", "id,body\n1,x\n"), r"no column 'text'; say which with text=NAME\. .*id, body"
     )
 
 
@@ -404,7 +404,7 @@ def test_bad_ids(write: Write) -> None:
 def test_gold_strings(write: Write, labels: LabelSpace) -> None:
     path = write("t.csv", "text,topic\na,bug\nb,Bug report\nc,\nd,question\n")
     loaded = load(path, gold="topic", labels=labels)
-    assert loaded["gold"][:] == [[0], [0], [], [2]]
+    assert loaded["gold"][:] == [[0], [0], None, [2]]
     assert loaded["topic"][:] == ["bug", "Bug report", "", "question"]
     assert loaded.features["gold"] == List(Value("int32"))
 
@@ -415,7 +415,7 @@ def test_gold_lists(write: Write, labels: LabelSpace) -> None:
         '{"text": "a", "gold": ["question", "bug", "question"]}\n{"text": "b", "gold": []}\n'
         '{"text": "c", "gold": null}\n{"text": "d"}\n',
     )
-    assert load(path, gold="gold", labels=labels)["gold"][:] == [[2, 0], [], [], []]
+    assert load(path, gold="gold", labels=labels)["gold"][:] == [[2, 0], [], None, None]
 
 
 def test_gold_of_the_hub(tmp_path: Path, labels: LabelSpace) -> None:
@@ -424,7 +424,7 @@ def test_gold_of_the_hub(tmp_path: Path, labels: LabelSpace) -> None:
     Dataset.from_dict(
         {"text": ["a", "b"], "y": [1, -1], "ys": [[0, 1], []]}, features=features
     ).save_to_disk(tmp_path / "d")
-    assert load(tmp_path / "d", gold="y", labels=labels)["gold"][:] == [[0], []]
+    assert load(tmp_path / "d", gold="y", labels=labels)["gold"][:] == [[0], None]
     assert load(tmp_path / "d", gold="ys", labels=labels)["gold"][:] == [[2, 0], []]
 
 
@@ -468,6 +468,53 @@ def test_require_columns(texts: Dataset) -> None:
         require_columns(texts, "price")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [
+        ("label_ids", ["[0]", "[1]"], "string"),  # what a .csv makes of lists
+        ("label_ids", [["a"], ["b"]], "list<item: string>"),
+        ("label_ids", [[0.5], [1]], "list<item: double>"),
+        ("label_probs", [[[1.0]], [[1.0]]], "list<item: list<item: double>>"),
+        ("label_space", [1, 2], "int64"),
+        ("weight", ["x", "y"], "string"),
+        ("weight", [[1.0], [2.0]], "list<item: double>"),
+        ("error", [5, 6], "int64"),
+        ("votes", [1, 2], "int64"),
+        ("text", [1, 2], "int64"),
+        ("text", ["a", None], "nulls"),
+    ],
+)
+def test_a_column_of_the_users_with_one_of_our_names(
+    name: str, values: list[Any], kind: str
+) -> None:
+    with pytest.raises(ValueError, match="but the name means") as caught:
+        require_columns(Dataset.from_dict({name: values}), name)
+    assert str(caught.value).startswith(f"the column {name!r} holds {kind}, but the name means ")
+    assert "rename it or write that" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("id", [1, 2]),
+        ("label_ids", [[0], []]),
+        ("label_ids", [[], []]),
+        ("label_ids", [None, None]),
+        ("label_probs", [[1], [0.5, 0.5]]),
+        ("weight", [1, None]),
+        ("error", [None, None]),
+        ("votes", [[{"source": "a", "label_id": 1, "prob": 0.5}], []]),
+        ("price", [1, 2]),
+    ],
+)
+def test_what_can_be_read_as_the_column_is_taken(name: str, values: list[Any]) -> None:
+    require_columns(Dataset.from_dict({name: values}), name)
+
+
+def test_a_text_without_nulls_may_have_lost_them() -> None:
+    require_columns(Dataset.from_dict({"text": ["a", None]}).select([0]), "text")
+
+
 def test_with_columns_adds_and_replaces(texts: Dataset) -> None:
     chosen = texts.select([4, 2])
     changed = with_columns(
@@ -499,14 +546,14 @@ def golden(golds: list[list[int] | None]) -> Dataset:
     return Dataset.from_dict({"id": ids, "gold": golds}, features=features)
 
 
-def test_gold_index() -> None:
+def test_gold_index(labels: LabelSpace) -> None:
     dataset = golden([[2], [], [0], None, [1, 2]])
-    assert gold_index(dataset.select(range(4))).tolist() == [2, -1, 0, -1]
-    assert gold_index(dataset.select([2, 0])).tolist() == [0, 2]
+    assert gold_index(dataset.select(range(4)), labels).tolist() == [2, -1, 0, -1]
+    assert gold_index(dataset.select([2, 0]), labels).tolist() == [0, 2]
     with pytest.raises(
         ValueError, match=r"row with id 'r4' has the gold labels \[1, 2\]; multi-label"
     ):
-        gold_index(dataset)
+        gold_index(dataset, labels)
 
 
 def test_gold_matrix(labels: LabelSpace) -> None:
@@ -516,14 +563,23 @@ def test_gold_matrix(labels: LabelSpace) -> None:
         [False, False, False],
         [False, True, False],
     ]
+    with pytest.raises(ValueError, match="'gold' is missing"):
+        gold_matrix(dataset.remove_columns("gold"), labels)
+
+
+@pytest.mark.parametrize("read", [gold_index, gold_matrix])
+def test_gold_outside_the_labels(read: Callable[..., Any], labels: LabelSpace) -> None:
     with pytest.raises(
         ValueError, match=r"row with id 'r1' has the gold label 3, but there are only 3"
     ):
-        gold_matrix(golden([[0], [1, 3]]), labels)
+        read(golden([[0], [3]]), labels)
     with pytest.raises(ValueError, match=r"gold label -1"):
-        gold_matrix(golden([[-1]]), labels)
-    with pytest.raises(ValueError, match="'gold' is missing"):
-        gold_matrix(dataset.remove_columns("gold"), labels)
+        read(golden([[-1]]), labels)
+    with pytest.raises(ValueError, match=r"row with id 'r2' has the gold label -1"):
+        read(golden([[], [1], [None]]), labels)  # type: ignore[list-item]  # what JSON may hold
+    names = Dataset.from_dict({"id": ["a"], "gold": ["bug"]})
+    with pytest.raises(ValueError, match=r"'gold' holds string, but the name means list<int32>"):
+        read(names, labels)
 
 
 # ------------------------------------------------------------------------ choosing and joining
@@ -589,6 +645,8 @@ def test_bad_split(texts: Dataset) -> None:
         split(texts, shares={})
     with pytest.raises(ValueError, match="there is a column 'split' already"):
         split(split(texts, shares=SHARES), shares=SHARES)
+    with pytest.raises(ValueError, match="above 0"):
+        split(texts, shares={"train": float("nan"), "test": 0.5})
 
 
 def test_part() -> None:
@@ -790,6 +848,29 @@ def test_commit_of_a_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_cannot_be_written_is_named_and_not_the_temporary_file(
+    tmp_path: Path,
+) -> None:
+    def refuse(temporary: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(temporary))
+
+    with pytest.raises(OSError, match="Read-only") as caught:
+        commit(tmp_path / "t.txt", refuse)
+    assert caught.value.filename == str(tmp_path / "t.txt")
+
+
+def test_a_full_disk_as_safetensors_says_it(tmp_path: Path) -> None:
+    class SafetensorError(Exception):
+        pass
+
+    def write_until_full(temporary: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        commit(tmp_path / "t.safetensors", write_until_full)
+    assert caught.value.errno == errno.ENOSPC
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(tmp_path: Path, number: int) -> None:
     path = tmp_path / "t.txt"
@@ -799,9 +880,7 @@ def test_full_disk(tmp_path: Path, number: int) -> None:
         temporary.write_text("ha")
         raise OSError(number, "No space left on device")
 
-    with pytest.raises(
-        OSError, match=r"the disk is full, so .*t\.txt was not written; .* kept"
-    ) as caught:
+    with pytest.raises(OSError, match=r"the disk is full; what is kept stays: .*t\.txt") as caught:
         commit(path, write_until_full)
     assert caught.value.errno == number
     assert "\n" not in str(caught.value)
@@ -818,7 +897,7 @@ def test_save_on_a_full_disk(
 
     save(table, tmp_path / "t.parquet")
     monkeypatch.setattr(pq, "write_table", write_table)
-    with pytest.raises(OSError, match=r"the disk is full, so .*t\.parquet"):
+    with pytest.raises(OSError, match=r"the disk is full; .*t\.parquet"):
         save(table.select([0]), tmp_path / "t.parquet")
     assert rows(read_parquet(tmp_path / "t.parquet")) == rows(table)
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]

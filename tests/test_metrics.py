@@ -140,3 +140,17 @@ def test_area_without_ties_is_the_mean_of_the_risks() -> None:
     correct = np.array([True, True, False, True])
     area = metrics.aurc(np.array([0.9, 0.8, 0.7, 0.6]), correct)
     assert area == pytest.approx((0 + 0 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_promised_coverage_is_what_split_conformal_does() -> None:
+    """Against simulation: uniform scores, the quantile of n, the share of new scores below it."""
+    rng = np.random.default_rng(0)
+    n, rows, k = 99, 200, 90
+    scores = np.sort(rng.uniform(size=(4000, n)), axis=1)[:, k - 1]
+    covered = (rng.uniform(size=(4000, rows)) <= scores[:, None]).mean(axis=1)
+    low, high = metrics.promised_coverage(calibration_rows=n, rows=rows, alpha=0.1)
+    inside = ((covered >= low) & (covered <= high)).mean()
+    assert 0.95 <= inside <= 0.97
+    assert low == pytest.approx(np.quantile(covered, 0.025), abs=0.01)
+    assert high == pytest.approx(np.quantile(covered, 0.975), abs=0.01)
+    assert metrics.promised_coverage(calibration_rows=5, rows=10, alpha=0.1) == (1.0, 1.0)

@@ -99,8 +99,28 @@ def test_shards(tmp_path: Path) -> None:
     (tmp_path / "model-2.safetensors").write_bytes(shard[:5])
     with pytest.raises(ValueError, match=r"model-2.safetensors is cut short"):
         models.check_model_folder(tmp_path)
+    for damaged in (b"x" * len(shard), shard.replace(b"{", b"[")):
+        (tmp_path / "model-2.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model-2.safetensors is cut short or damaged"):
+            models.check_model_folder(tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(shard)
     models.check_model_folder(tmp_path)
+    for index in ("{", "[]", "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged"):
+            models.check_model_folder(tmp_path)
+
+
+def test_what_another_library_says_gets_the_name_of_the_model() -> None:
+    with (
+        pytest.raises(ValueError, match="model 'owner/name' cannot be loaded") as caught,
+        models.loading("owner/name"),
+    ):
+        raise KeyError("\n\nmodel_type\nmore")
+    assert "(KeyError: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModuleNotFoundError), models.loading("owner/name"):
+        raise ModuleNotFoundError("No module named 'x'", name="x")  # says what to install
 
 
 def test_names_hold_no_path_of_a_machine(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, List, Value
 
+from llmlabel.calibrate.conformal import Conformal
 from llmlabel.data import with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.report import plots, write_report
@@ -30,6 +32,9 @@ STUDENT = [
 TEACHER = [[0.2, 0.6, 0.2]] * 6
 SETS = [[0], [1], [], [0, 1], [0], [2]]
 LABELS = load_labels(["alpha", "beta", "gamma"])
+CONFORMAL = Conformal(
+    alpha=0.25, score="lac", threshold=0.5, rows=100, seed=0, label_space=LABELS.fingerprint
+)
 
 
 def table(probs: list, labels: LabelSpace = LABELS, **columns: tuple) -> Dataset:
@@ -57,8 +62,10 @@ def example() -> dict[str, Dataset]:
 
 
 def report_of(tmp_path: Path, sources: dict[str, Dataset] | None = None, **arguments: object):
-    settings = {"student": "student", "output": tmp_path / "report", "alpha": 0.25} | arguments
-    labels = settings.pop("labels", LABELS)
+    labels = arguments.pop("labels", LABELS)
+    conformal = dataclasses.replace(CONFORMAL, label_space=labels.fingerprint)
+    settings = {"student": "student", "output": tmp_path / "report", "conformal": conformal}
+    settings |= arguments
     report = write_report(sources or example(), labels, **settings)
     html = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert json.loads((tmp_path / "report" / "report.json").read_text("utf-8")) == report
@@ -117,7 +124,8 @@ def test_summary_is_flat_and_names_every_source(tmp_path: Path) -> None:
     assert summary["accuracy of raw"] == 0.25
     assert summary["accuracy of student"] == 0.75
     assert summary["coverage"] == 0.75
-    assert summary["coverage_low"] == pytest.approx(0.1941204, abs=1e-6)
+    # of 4 new rows, beta-binomial(4, 76, 25) covers 0 in 0.4 % of draws, 0 or 1 in 5.3 %
+    assert (summary["promised_low"], summary["promised_high"]) == (0.25, 1.0)
     assert summary["rows_for_a_human"] == 2
     assert summary["measured_rows"] == 4
     headline = re.sub("<[^>]*>", "", re.search(r'<p class="headline">(.*)</p>', html)[1])
@@ -288,7 +296,7 @@ def test_provenance(tmp_path: Path) -> None:
     assert provenance["label_space"] == LABELS.fingerprint
     assert provenance["model_card"] == {"model": "SmolLM2", "seed": 7}
     assert provenance["versions"]["numpy"] == np.__version__
-    assert provenance["alpha"] == 0.25
+    assert provenance["conformal"]["alpha"] == 0.25
     assert str(tmp_path) not in html
     assert "seed 7" in section(html, "provenance")
 
@@ -421,7 +429,11 @@ def test_a_name_that_the_font_lacks_is_numbered() -> None:
         (None, {"student": "pupil"}, "student: 'pupil' is no source; the sources are 'raw', 'cor"),
         (None, {"baselines": {"student": "rawr"}}, "baselines: 'rawr' is no source"),
         (None, {"split": "tset"}, r"split 'tset' has no rows; .*'test': 4, 'train': 2"),
-        (None, {"alpha": 1.0}, "alpha must lie strictly between 0 and 1; got 1.0"),
+        (
+            None,
+            {"conformal": dataclasses.replace(CONFORMAL, label_space="0" * 16)},
+            "conformal was fitted on label space 0000000000000000",
+        ),
         (None, {"review_rows": -1}, "review_rows must be 0 or more; got -1"),
         (None, {"labels": load_labels(["x", "y"])}, "carry soft labels of label space"),
     ],
@@ -442,6 +454,27 @@ def test_sources_must_have_the_same_rows(tmp_path: Path) -> None:
         ValueError, match=r"'raw' lacks 1 rows of source 'student', the first .*'r6'"
     ):
         report_of(tmp_path, sources)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"set_ids": lists([[0], [3], [], [], [], []])}, r"row with id 't2' has the set \[3\]"),
+        ({"set_ids": strings(["a"] * 6)}, r"the column 'set_ids' holds string"),
+        ({"error": ([5] * 6, Value("int64"))}, r"the column 'error' holds int64"),
+        ({"votes": ([5] * 6, Value("int64"))}, r"the column 'votes' holds int64"),
+    ],
+)
+def test_a_column_of_somebody_elses_is_named(tmp_path: Path, columns: dict, message: str) -> None:
+    sources = example() | {"student": table(STUDENT, **columns)}
+    with pytest.raises(ValueError, match=rf"source 'student': {message}"):
+        report_of(tmp_path, sources)
+
+
+def test_a_model_folder_without_a_card_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"half: model_card.json is missing"):
+        report_of(tmp_path, model=tmp_path / "half")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_source_without_soft_labels_is_named(tmp_path: Path) -> None:

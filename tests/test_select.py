@@ -4,7 +4,7 @@ from datasets import Dataset, Value
 
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
-from llmlabel.select import keep_confident, margins, vote_entropy
+from llmlabel.select import keep_confident, margins, row_weights, vote_entropy
 from llmlabel.softlabels import SoftLabels
 
 
@@ -51,6 +51,22 @@ def test_the_most_confident_of_each_label() -> None:
 def test_weights_are_kept() -> None:
     rows = with_columns(table(PROBS), {"weight": ([0.5] * 6, Value("float32"))})
     assert keep_confident(rows, LABELS, share=0.5)["weight"][:] == [0.5, 0.5, 0, 0, 0.5, 0]
+
+
+def test_a_null_weight_is_one_and_a_bad_one_is_named() -> None:
+    rows = with_columns(table(PROBS), {"weight": ([None, 0.5] * 3, Value("float32"))})
+    assert keep_confident(rows, LABELS, share=0.5)["weight"][:] == [1, 0.5, 0, 0, 1, 0]
+    assert row_weights(rows).tolist() == [1, 0.5] * 3
+    assert row_weights(table(PROBS)).tolist() == [1] * 6
+    for bad in (-1.0, float("nan"), float("inf")):
+        rows = with_columns(table(PROBS), {"weight": ([1.0, bad] * 3, Value("float32"))})
+        with pytest.raises(ValueError, match=rf"row with id 'r1' has the weight {bad}; write a"):
+            keep_confident(rows, LABELS, share=0.5)
+    rows = with_columns(table(PROBS), {"weight": (["heavy"] * 6, Value("string"))})
+    with pytest.raises(ValueError, match="the column 'weight' holds string"):
+        row_weights(rows)
+    with pytest.raises(ValueError, match="the column 'id' is missing"):
+        keep_confident(table(PROBS).remove_columns("id"), LABELS, share=0.5)
 
 
 def test_ties_do_not_depend_on_the_order_of_rows() -> None:

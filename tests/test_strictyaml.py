@@ -20,7 +20,7 @@ def test_a_key_twice(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1", "a: !!python/object/apply:os.system [ls]", "- a\n- \x00"]
+    "text", ["a: [1", "a: !!python/object/apply:os.system [ls]", "- a\n- \x00", "[" * 5000]
 )
 def test_broken_documents_are_one_line(text: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is looked at below)

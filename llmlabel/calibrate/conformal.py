@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset, List, Value
 from jaxtyping import Float
 
-from llmlabel.data import gold_index, require_columns, with_columns
+from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -101,7 +101,8 @@ def fit_conformal(
     `predict_sets`.
 
     Args:
-        dataset: The gold rows, each with exactly one gold label or none of these.
+        dataset: The gold rows, each with exactly one gold label or none of these; rows whose gold
+            nobody knows (null) are left out.
         labels: A single-label space.
         alpha: Share of misses allowed.
         score: "lac" gives the smallest sets on average, "aps" sets that grow with the difficulty of
@@ -118,13 +119,14 @@ def fit_conformal(
         raise ValueError(f"score must be one of {', '.join(get_args(Score))}; got {score}")
     _check_single(labels)
     require_columns(dataset, "id", "gold")
+    dataset = with_gold(dataset)
     needed = math.ceil(1 / _exact(alpha)) - 1
     if len(dataset) < needed:
         raise ValueError(
             f"alpha={alpha} needs at least {needed} gold rows; there are {len(dataset)} (label more "
             "rows, or allow a larger alpha)"
         )
-    gold = gold_index(dataset)
+    gold = gold_index(dataset, labels)
     scores = np.full(len(gold), np.inf)  # of a row whose gold is none of the labels
     for start, _, block in _blocks(dataset, labels, score=score, seed=seed):
         known = np.flatnonzero(gold[start : start + len(block)] >= 0)

@@ -79,7 +79,7 @@ def fit_temperature(dataset: Dataset, labels: LabelSpace) -> Temperature:
     _check_single(labels)
     require_columns(dataset, "gold")
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    gold = gold_index(dataset)
+    gold = gold_index(dataset, labels)
     usable = (gold >= 0) & (np.diff(probs.indptr) > 0)
     rows = int(usable.sum())
     if rows < MIN_ROWS:

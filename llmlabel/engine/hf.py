@@ -54,10 +54,12 @@ class HFEngine:
         path = models.fetch(model)
         self.device = models.best_device()
         self.dtype = models.best_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        with models.loading(model):
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"model {model!r} has no chat template; use an instruction-tuned one")
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+        with models.loading(model):
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         self.model = loaded.to(self.device).eval()
         self.max_tokens = min(max_tokens, models.context_tokens(loaded.config))
         self.pass_tokens, self.max_nodes = pass_tokens, max_nodes

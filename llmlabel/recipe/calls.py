@@ -104,6 +104,8 @@ def resolve(call: str, allow: Sequence[str] = ()) -> Callable[..., Any]:
     if package not in ("llmlabel", *allow):
         trust = f"; if you trust the package, add --allow {package}" if module_name else ""
         raise RecipeError(f"{call!r} is outside llmlabel{trust}")
+    if not module_name:
+        raise RecipeError(f"{call!r} is a package; write llmlabel.MODULE.FUNCTION")
     if any(part.startswith("_") for part in call.split(".")):
         raise RecipeError(f"{call!r} is private; a recipe calls public names")
     if call.startswith(_RUNNERS):

@@ -3,7 +3,8 @@
 A variable has the folder `runs/<recipe>/<variable>/`. Files that a step writes by its parameter
 `output` are there, and beside them the kept result: `value.parquet` (a dataset), `value.json`
 (a label space, another dataclass, JSON values) or nothing (the result is the path of a folder).
-`kept.json` is written last; without it, or with another fingerprint in it, nothing is kept.
+`kept.json` is written last; without it, or with another fingerprint in it, nothing is kept. It
+has marks of the value's files, so that a value that is damaged later is computed again.
 """
 
 import hashlib
@@ -24,6 +25,8 @@ from pydantic_core import PydanticSerializationError, SchemaError, to_jsonable_p
 
 from llmlabel.recipe.calls import Call, Ref
 
+_QUICK_BYTES = 64 * 1024**2
+
 
 def version(package: str) -> str | None:
     """The installed version, without importing the package."""
@@ -38,15 +41,19 @@ def lock(folder: Path) -> Iterator[None]:
     """One process per run folder; the system frees the lock of a killed one.
 
     Raises:
-        RuntimeError: Another process has it.
+        RuntimeError: Another process has it, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise RuntimeError(
             f"another process is running in {folder}; wait for it, or give another --output"
         ) from None
+    except OSError as error:
+        raise RuntimeError(
+            f"the run folder {folder} cannot be written ({error.strerror}); give another --output"
+        ) from error
     with held:
         yield
 
@@ -146,16 +153,38 @@ def is_live(call: Call) -> bool:
 def read_kept(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     """What `kept.json` says, when it is of this fingerprint and its value is there."""
     note = read_json(folder / "kept.json")
-    if note is None or note.get("fingerprint") != fingerprint:
+    if note is None or note.get("fingerprint") != fingerprint or not {"kind", "files"} <= set(note):
         return None
     return note if _place(folder, note).exists() else None
+
+
+def is_whole(folder: Path, note: dict[str, Any]) -> bool:
+    """Whether the value is still what it was when `kept.json` was written."""
+    now = _marks(folder, note)
+    return all(now.get(name) == mark for name, mark in note["files"].items())
+
+
+def _marks(folder: Path, note: dict[str, Any]) -> dict[str, str]:
+    """File of the value -> size, and sha256 where reading it is quick; of none outside the run."""
+    from llmlabel.models import content_sha
+
+    place = _place(folder, note)
+    if not note.get("inside", True):
+        return {}
+    marks = {}
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != "kept.json" and not name.startswith("blocks/"):
+            size = path.stat().st_size
+            marks[name] = f"{size} {content_sha(path)[:16]}" if size <= _QUICK_BYTES else f"{size}"
+    return marks
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON mapping, or None when there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -194,7 +223,7 @@ def keep(
             return None
         write_json(folder / "value.json", content)
         note |= {"kind": "json"}
-    write_json(folder / "kept.json", note)
+    write_json(folder / "kept.json", note | {"files": _marks(folder, note)})
     return str(note["kind"])
 
 

@@ -1,6 +1,5 @@
 """Runs a recipe: what is to do, in order, in one process or many; the same command again resumes."""
 
-import errno
 import gc
 import logging
 import os
@@ -116,6 +115,8 @@ class _Work:
         kept = keep.read_kept(self.folder / name, self.marks[name])
         if kept is None or self.force or value.returns is None:
             return {"state": "to do"}
+        if not keep.is_whole(self.folder / name, kept):
+            return {"state": "to do", "damaged": True}
         return {"state": "kept", "kind": kept["kind"]}
 
     def compute(self, name: str) -> None:
@@ -160,7 +161,9 @@ class _Work:
         old = (keep.read_json(folder / "kept.json") or {}).get("arguments")
         new = self.arguments[name]
         why = ""
-        if old is not None and not self.force:
+        if self.notes[name].pop("damaged", False):
+            why = " again, because what was kept is damaged"
+        elif old is not None and not self.force:
             changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             why = f" again, because of {', '.join(changed) or 'the call or the version'}"
         _log.info("%s: computing%s", name, why)
@@ -241,22 +244,34 @@ def _reported(recipe: Recipe, variable: str, folder: Path) -> Iterator[None]:
     """Turns the error of a step into one line; the traceback goes to `error.log`."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        full = _full_disk(error, folder)
+        if full is None and not isinstance(
+            error, ValueError | OSError | RuntimeError | ImportError
+        ):
+            raise  # a bug: its traceback is shown
         log = folder / "error.log"
         details = ""
         with suppress(OSError):  # the disk may be full
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             details = f" (details: {log})"
-        problem = _problem(error, folder)
+        problem = full or _problem(error)
         raise StepError(f"{recipe.path.name}: {variable}: {problem}{details}") from error
 
 
-def _problem(error: BaseException, folder: Path) -> str:
+def _full_disk(error: BaseException, folder: Path) -> str | None:
+    from llmlabel.files import disk_is_full  # here: it imports datasets, which takes a second
+
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk of {folder} is full; what is kept stays: free space, run it again"
+        if disk_is_full(cause):
+            place = getattr(cause, "filename", None) or folder
+            return f"the disk of {place} is full; what is kept stays: free space, run it again"
         cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _problem(error: BaseException) -> str:
     text = install_hint(error) if isinstance(error, ImportError) else str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset, List, Value
 from jaxtyping import Float, Int
 
-from llmlabel.data import with_columns
+from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -42,14 +42,15 @@ def aggregate(
     """
     shares = _source_weights(sources, weights)
     first = next(iter(sources.values()))
+    require_columns(first, "id")
     ids = first["id"][:]
     for name, rows in sources.items():
-        if rows["id"][:] != ids:
+        if "id" not in rows.column_names or rows["id"][:] != ids:
             raise ValueError(
                 f"source {name!r} has other rows than {next(iter(sources))!r}; "
                 "label the same dataset with every source"
             )
-    read = [SoftLabels.from_dataset(rows, labels) for rows in sources.values()]
+    read = list(SoftLabels.from_sources(sources, labels).values())
     probs = np.stack([soft.dense() for soft in read])
     voting = (probs.sum(axis=2) > 0) & (shares > 0)[:, None]
     if method == "log_average" and not labels.multilabel:

@@ -3,6 +3,7 @@
 How good each source is, what its probabilities and sets are worth, and which rows need a human.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 
 from llmlabel import select
+from llmlabel.calibrate.conformal import Conformal
 from llmlabel.files import commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
@@ -39,7 +41,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     baselines: dict[str, str] | None = None,
     split: str | None = "test",
     title: str = "llmlabel report",
-    alpha: float | None = None,
+    conformal: Conformal | None = None,
     model: Path | None = None,
     review_rows: int = 25,
 ) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         split: Only rows with this value in the column `split` are measured, and the gold of no
             other row is read; `None` measures all rows.
         title: Of the page.
-        alpha: Share of rows whose set may miss the true label, as given to `fit_conformal`.
+        conformal: What made the sets; its promise is shown beside what was measured.
         model: A model folder, whose `model_card.json` is shown.
         review_rows: How many of the most uncertain rows are listed.
 
@@ -65,14 +67,17 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
 
     Raises:
         ValueError: No sources, a name that is no source, tables of different rows, a split without
-            rows, or an alpha outside (0, 1).
+            rows, or a conformal predictor of another label space.
     """
-    if alpha is not None and not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
+    if conformal is not None and conformal.label_space != labels.fingerprint:
+        raise ValueError(
+            f"conformal was fitted on label space {conformal.label_space}, the labels given are "
+            f"{labels.fingerprint}; fit it again or give its label space"
+        )
     if review_rows < 0:
         raise ValueError(f"review_rows must be 0 or more; got {review_rows}")
     run = measure.gather(
-        sources, labels, student=student, befores=baselines or {}, split=split, alpha=alpha
+        sources, labels, student=student, befores=baselines or {}, split=split, conformal=conformal
     )
     review = _review(run, review_rows)
     report: dict[str, Any] = {
@@ -111,7 +116,7 @@ def _summary(run: measure.Run, report: dict[str, Any]) -> dict[str, Any]:
     student = report["sources"][run.student]
     summary |= {key: student[key] for key in ("macro_f1", "ece", "nll", "aurc") if key in student}
     for key in (
-        *("target", "coverage", "coverage_low", "coverage_high"),
+        *("target", "coverage", "promised_low", "promised_high"),
         *("mean_set_size", "empty_sets", "rows_for_a_human"),
     ):
         value = (report["coverage"] or {}).get(key)
@@ -221,9 +226,14 @@ def _provenance(run: measure.Run, model: Path | None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    card = model / "model_card.json" if model is not None else None
     content = None
-    if card is not None and card.is_file():
+    if model is not None:
+        card = model / "model_card.json"
+        if not card.is_file():
+            raise FileNotFoundError(
+                f"model folder {model}: model_card.json is missing; give a folder that "
+                "train_classifier has finished"
+            )
         try:
             content = _portable(json.loads(card.read_text("utf-8")))
         except ValueError as error:
@@ -238,7 +248,7 @@ def _provenance(run: measure.Run, model: Path | None) -> dict[str, Any]:
                 labels.ids, labels.names, labels.descriptions, labels.parents, strict=True
             )
         ],
-        "alpha": run.alpha,
+        "conformal": None if run.conformal is None else dataclasses.asdict(run.conformal),
         "versions": versions,
         "model_card": content,
     }

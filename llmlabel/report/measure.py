@@ -9,6 +9,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 
 from llmlabel import metrics
+from llmlabel.calibrate.conformal import Conformal
 from llmlabel.data import gold_index, gold_matrix, plain_words, require_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
@@ -21,6 +22,9 @@ MOST_POINTS = 200
 
 NO_LABEL = "no label"
 
+_MAY_HAVE = ("error", "set_ids", "votes", "weight", "label_mass")
+"""Columns of a source that are read where they are there."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -32,7 +36,7 @@ class Run:
     student: str
     befores: dict[str, str]
     split: str | None
-    alpha: float | None
+    conformal: Conformal | None
     measured: Int[np.ndarray, " measured"]
     """Rows of the split."""
     rows: Int[np.ndarray, " gold_rows"]
@@ -76,7 +80,7 @@ def gather(
     student: str,
     befores: dict[str, str],
     split: str | None,
-    alpha: float | None,
+    conformal: Conformal | None,
 ) -> Run:
     """Checks that the sources fit together, and brings their rows into one order."""
     if not sources:
@@ -89,14 +93,15 @@ def gather(
             raise ValueError(f"{what}: {name!r} is no source; the sources are {known}")
     for name, table in sources.items():
         try:
-            require_columns(table, "id", "text", "label_ids", "label_probs", "label_space")
+            there = [column for column in _MAY_HAVE if column in table.column_names]
+            require_columns(table, "id", "text", *there)
         except ValueError as error:
             raise ValueError(f"source {name!r}: {error}") from None
     tables = {
         name: _in_order(table, name, sources[student], student) for name, table in sources.items()
     }
     table = tables[student]
-    soft = {name: SoftLabels.from_dataset(one, labels) for name, one in tables.items()}
+    soft = SoftLabels.from_sources(tables, labels)
     measured = _measured(table, split)
     rows, gold = _gold(tables, table, measured, labels)
     share = np.asarray(soft[student].probs[measured].sum(axis=0))
@@ -106,8 +111,14 @@ def gather(
     sets = None
     if "set_ids" in table.column_names:
         sets = [ids or [] for ids in table["set_ids"][:]]
+        for id, ids in zip(table["id"][:], sets, strict=True):
+            if not all(0 <= label < len(labels) for label in ids):
+                raise ValueError(
+                    f"source {student!r}: row with id {id!r} has the set {ids}, but the labels are "
+                    f"0 to {len(labels) - 1}; fit and predict sets in this label space"
+                )
     return Run(
-        *(tables, soft, labels, student, befores, split, alpha),
+        *(tables, soft, labels, student, befores, split, conformal),
         *(measured, rows, gold, sets, groups, lines),
     )
 
@@ -158,8 +169,8 @@ def _gold(
             given = one.select(measured)["gold"][:]
             rows = measured[np.array([ids is not None for ids in given], dtype=bool)]
             known = one.select(rows)
-            matrix = gold_matrix(known, labels)  # also checks the ids
-            return rows, matrix if labels.multilabel else gold_index(known)
+            read = gold_matrix if labels.multilabel else gold_index
+            return rows, read(known, labels)
     return measured[:0], np.zeros(0, dtype=np.int64)
 
 
@@ -227,7 +238,7 @@ def coverage(run: Run) -> dict[str, Any] | None:
     sizes = np.array([len(ids) for ids in run.sets], dtype=np.int64)
     here = sizes[run.measured]
     result: dict[str, Any] = {
-        "target": None if run.alpha is None else 1 - run.alpha,
+        "target": None if run.conformal is None else 1 - run.conformal.alpha,
         "measured_rows": len(here),
         "sizes": np.bincount(here).tolist(),
         "mean_set_size": float(here.mean()),
@@ -242,6 +253,10 @@ def coverage(run: Run) -> dict[str, Any] | None:
     for at, row in enumerate(run.rows):
         sets[at, run.sets[row]] = True
     result |= _covered(sets, run.gold)
+    if run.conformal is not None:
+        result["promised_low"], result["promised_high"] = metrics.promised_coverage(
+            calibration_rows=run.conformal.rows, rows=len(here), alpha=run.conformal.alpha
+        )
     result["classes"] = {
         name: _covered(sets[there], run.gold[there])
         for line, name in enumerate([*run.lines, NO_LABEL])

@@ -192,8 +192,11 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         if "coverage" in sets:
             measured = plots.Measured(*(sets[f"coverage{end}"] for end in ("", "_low", "_high")))
+            promised = None
+            if sets["target"] is not None:
+                promised = sets["promised_low"], sets["promised_high"]
             figures["coverage"] = {
-                "src": plots.coverage(measured, target=sets["target"]),
+                "src": plots.coverage(measured, target=sets["target"], promised=promised),
                 "alt": f"Coverage {percent(measured.value)}, 95 % interval "
                 f"{_between(measured.low, measured.high)}.",
             }

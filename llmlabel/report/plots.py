@@ -143,11 +143,15 @@ def risk_coverage(kept: Float[np.ndarray, " points"], risk: Float[np.ndarray, " 
     return _svg(draw, width=3.7, height=3.4)
 
 
-def coverage(measured: Measured, *, target: float | None) -> str:
-    """Empirical coverage with its interval against the target, a vertical line."""
+def coverage(
+    measured: Measured, *, target: float | None, promised: tuple[float, float] | None
+) -> str:
+    """Empirical coverage with its interval, the target as a line in the band of the promise."""
 
     def draw(axes: Any) -> None:
-        low = min(measured.low, target if target is not None else 1.0)
+        low = min(measured.low, *(promised or ()), target if target is not None else 1.0)
+        if promised is not None:
+            axes.axvspan(*promised, color=RULE, alpha=0.6, linewidth=0)
         axes.set_xlim(max(0.0, np.floor(low * 20 - 0.6) / 20), 1.0)
         axes.set_ylim(-1, 1)
         axes.axhline(0, color=RULE, linewidth=0.6)

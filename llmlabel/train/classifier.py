@@ -27,6 +27,7 @@ from llmlabel.blocks import map_blocks
 from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy, weighted_mean
+from llmlabel.select import row_weights
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train.network import (
     PAPER_LORA,
@@ -91,7 +92,8 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         The model folder.
 
     Raises:
-        ValueError: no row can be trained on, or the labels belong to another label space.
+        ValueError: no row can be trained on, the labels belong to another label space, or a
+            setting leaves nothing to train.
     """
     settings = {
         "pooling": pooling,
@@ -110,6 +112,7 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         "dtype": dtype,
         "seed": seed,
     }
+    _check_settings(settings)
     rows = _training_rows(dataset, labels)
     check_output(output)
     with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
@@ -155,6 +158,11 @@ def predict(
     require_columns(dataset, "text")
     network, tokenizer, card = load_classifier(model)
     labels = load_labels(model / "labels.json")
+    if labels.fingerprint != card["labels"]:
+        raise ValueError(
+            f"model folder {model}: labels.json is of label space {labels.fingerprint}, but the model "
+            f"was trained on {card['labels']}; train it again, or bring its own labels.json back"
+        )
     limit = int(card["settings"]["max_length"])
     name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
 
@@ -194,6 +202,18 @@ def predict(
     )
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name in (
+        *("num_train_epochs", "learning_rate", "head_learning_rate", "max_length"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    ):
+        if not 0 < settings[name] < float("inf"):
+            raise ValueError(f"{name} must be above 0; got {settings[name]}")
+    for name in ("weight_decay", "warmup_ratio"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must be between 0 and 1; got {settings[name]}")
+
+
 @dataclass(frozen=True, eq=False)
 class _Rows:
     texts: list[str]
@@ -204,12 +224,8 @@ class _Rows:
 def _training_rows(dataset: Dataset, labels: LabelSpace) -> _Rows:
     require_columns(dataset, "text", "label_ids", "label_probs")
     probs = SoftLabels.from_dataset(dataset, labels).dense()
-    texts = list(dataset["text"])
-    weights = np.ones(len(texts))
-    if "weight" in dataset.column_names:
-        weights = np.array([1.0 if w is None else w for w in dataset["weight"]])
-    if (bad := np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))).size:
-        raise ValueError(f"row {bad[0]}: weight {weights[bad[0]]} is no number of at least 0")
+    texts = [text or "" for text in dataset["text"]]
+    weights = row_weights(dataset)
     has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
     kept = np.flatnonzero((weights > 0) & (probs.sum(axis=1) > 0) & has_text)
     if not kept.size:

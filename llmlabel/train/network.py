@@ -108,7 +108,9 @@ def new_network(
         target_modules=lora["targets"],
         task_type="FEATURE_EXTRACTION",
     )
-    backbone = load_backbone(source, bidirectional=settings["bidirectional"])
+    with models.loading(model):
+        backbone = load_backbone(source, bidirectional=settings["bidirectional"])
+        tokenizer = AutoTokenizer.from_pretrained(source)
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if limit is not None and settings["max_length"] > limit:
         raise ValueError(
@@ -117,7 +119,7 @@ def new_network(
     network = LabelSupervised(
         get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
     )
-    return network, AutoTokenizer.from_pretrained(source)
+    return network, tokenizer
 
 
 def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]:
@@ -125,6 +127,7 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
 
     Raises:
         FileNotFoundError: the folder is not a student or is half written.
+        ValueError: one of its files is damaged, or its backbone cannot be loaded.
     """
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -136,16 +139,18 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
                 f"model folder {folder}: {name} is missing; give a folder that train_classifier "
                 "has finished"
             )
-    card = json.loads((folder / "model_card.json").read_text("utf-8"))
-    source = models.fetch(card["model"])
-    backbone = load_backbone(source, bidirectional=card["settings"]["bidirectional"])
-    adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
-    head = load_file(folder / "head.safetensors")
-    network = LabelSupervised(
-        adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
-    )
-    network.score.load_state_dict(head)
-    return network.to(models.best_device()).eval(), AutoTokenizer.from_pretrained(source), card
+    with models.loading(folder):
+        card = json.loads((folder / "model_card.json").read_text("utf-8"))
+        source = models.fetch(card["model"])
+        backbone = load_backbone(source, bidirectional=card["settings"]["bidirectional"])
+        adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
+        head = load_file(folder / "head.safetensors")
+        network = LabelSupervised(
+            adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
+        )
+        network.score.load_state_dict(head)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return network.to(models.best_device()).eval(), tokenizer, card
 
 
 def student_sha(folder: Path) -> str:

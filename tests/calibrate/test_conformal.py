@@ -17,7 +17,8 @@ from llmlabel.calibrate.conformal import (
     predict_sets,
     row_uniforms,
 )
-from llmlabel.labelspace import LabelSpace
+from llmlabel.data import with_columns
+from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.softlabels import SoftLabels
 
 TWINS = {"lac": reference.lac, "aps": reference.aps}
@@ -237,3 +238,17 @@ def test_lac_sets_are_those_of_mapie() -> None:
         sets = predict_sets(new, space(5), fit_conformal(cal, space(5)))["set_ids"]
         found = [sorted(ids) for ids in sets]
         assert found == [np.flatnonzero(row).tolist() for row in expected[:, :, 0]]
+
+
+def test_rows_whose_gold_nobody_knows_are_left_out() -> None:
+    labels = load_labels(["a", "b"])
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([1.0, 1.0], size=100)
+    gold = [[int(p.argmax())] if i < 30 else None for i, p in enumerate(probs)]
+    ids = [f"r{i}" for i in range(100)]
+    rows = SoftLabels.from_dense(probs, labels).add_to(Dataset.from_dict({"id": ids, "text": ids}))
+    rows = with_columns(rows, {"gold": (gold, List(Value("int32")))})
+    found = fit_conformal(rows, labels, alpha=0.1)
+    assert found == fit_conformal(rows.select(range(30)), labels, alpha=0.1)
+    assert found.rows == 30
+    assert np.isfinite(found.threshold)

@@ -250,6 +250,10 @@ def test_paths_become_paths_and_output_is_filled_in(tmp_path: Path) -> None:
             "labels: 'os.system' is outside llmlabel; if you trust the package, add --allow os",
         ),
         (lambda r: r["labels"].update(call=3), "labels: call: 3 is not a dotted path"),
+        (
+            lambda r: r["labels"].update(call="llmlabel"),
+            "labels: 'llmlabel' is a package; write llmlabel.MODULE.FUNCTION",
+        ),
     ],
 )
 def test_one_line_for_each_mistake(

@@ -83,6 +83,7 @@ def test_a_path_moves_with_its_run_when_it_is_inside(tmp_path: Path) -> None:
         "kind": "path",
         "path": outside.as_posix(),
         "inside": False,
+        "files": {},
     }
     assert keep.read_kept(moved, "g") is None
 
@@ -116,7 +117,62 @@ def test_the_note_is_written_after_the_value(
     keep.keep({"a": 1}, tmp_path, returns=Any, fingerprint="f", arguments={"x": "y"})
     assert written == ["value.json", "kept.json"]
     note = json.loads((tmp_path / "kept.json").read_text())
-    assert note == {"fingerprint": "f", "arguments": {"x": "y"}, "kind": "json"}
+    assert note == {
+        "fingerprint": "f",
+        "arguments": {"x": "y"},
+        "kind": "json",
+        "files": {"value.json": "12 4b19891530d27c84"},
+    }
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a', b'{\n "a": 2\n}\n'])
+def test_a_damaged_value_is_not_whole(tmp_path: Path, damage: bytes) -> None:
+    keep.keep({"a": 1}, tmp_path, returns=Any, fingerprint="f", arguments={})
+    note = keep.read_kept(tmp_path, "f")
+    assert note is not None
+    (tmp_path / "note.txt").write_text("somebody's own file")
+    assert keep.is_whole(tmp_path, note)
+    (tmp_path / "value.json").write_bytes(damage)
+    assert not keep.is_whole(tmp_path, note)
+
+
+def test_a_damaged_model_folder_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keep, "_QUICK_BYTES", 4)
+    for name, content in {"head": b"1234", "weights": b"12345", "blocks/a": b"1"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    keep.keep(tmp_path, tmp_path, returns=Path, fingerprint="f", arguments={})
+    note = keep.read_kept(tmp_path, "f")
+    assert note is not None
+    assert note["files"] == {"head": "4 f595bcc5e8a3d0c9", "weights": "5"}
+    (tmp_path / "blocks" / "a").unlink()
+    assert keep.is_whole(tmp_path, note)
+    (tmp_path / "weights").write_bytes(b"1234")
+    assert not keep.is_whole(tmp_path, note)
+    (tmp_path / "weights").write_bytes(b"54321")
+    assert keep.is_whole(tmp_path, note)  # too large to read each time: size only
+    (tmp_path / "head").write_bytes(b"4321")
+    assert not keep.is_whole(tmp_path, note)
+
+
+@pytest.mark.parametrize("content", [{"fingerprint": "f"}, {"fingerprint": "f", "kind": "json"}])
+def test_a_note_without_what_it_needs_keeps_nothing(tmp_path: Path, content: Any) -> None:
+    keep.write_json(tmp_path / "value.json", {"a": 1})
+    keep.write_json(tmp_path / "kept.json", content)
+    assert keep.read_kept(tmp_path, "f") is None
+    (tmp_path / "file").touch()
+    assert keep.read_json(tmp_path / "file" / "kept.json") is None
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RuntimeError, match=r"run folder .*file/r cannot be written .*--output"),
+        keep.lock(tmp_path / "file" / "r"),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------------- fingerprints

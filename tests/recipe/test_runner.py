@@ -14,7 +14,7 @@ import pytest
 from llmlabel.recipe import Results, StepError, keep, load_recipe, run
 
 STEPS = '''
-import dataclasses, errno, os
+import dataclasses, errno, os, sqlite3
 from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
@@ -92,7 +92,8 @@ def fail(kind: str, dataset: Dataset | None = None) -> int:
     kinds = {"value": ValueError("first line\\nsecond"), "type": TypeError("a bug"),
              "interrupt": KeyboardInterrupt(), "missing": ImportError("x", name="vllm"),
              "file": FileNotFoundError(errno.ENOENT, "No such file", "data.bin"),
-             "server": RuntimeError(""), "none": None}
+             "server": RuntimeError(""), "none": None,
+             "sqlite": sqlite3.OperationalError("database or disk is full")}
     if kind == "disk":
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -423,6 +424,10 @@ FAILING = RECIPE + 'bad: {call: toolbox.steps.fail, kind: none, dataset: "${loud
         ("file", "chain.yaml: bad: No such file: data.bin"),
         ("server", "chain.yaml: bad: RuntimeError"),
         ("missing", "chain.yaml: bad: needs vllm: pip install 'llmlabel[vllm]'"),
+        (
+            "sqlite",
+            "chain.yaml: bad: the disk of runs/chain is full; what is kept stays: free space, run it again",
+        ),
         (
             "disk",
             "chain.yaml: bad: the disk of runs/chain is full; what is kept stays: free space, run it again",

@@ -118,5 +118,11 @@ def test_bad_input() -> None:
         aggregate({"x": one}, LABELS, weights={"z": 1.0})
     with pytest.raises(ValueError, match="at least 0"):
         aggregate({"x": one}, LABELS, weights={"x": -1.0})
-    with pytest.raises(ValueError, match="label space"):
-        aggregate({"x": one}, load_labels(["a", "b", "d"]))
+    others = load_labels(["a", "b", "d"])
+    other = source(np.array([[0.5, 0.5, 0.0]]), others)
+    with pytest.raises(ValueError, match=r"source 'y': the rows carry soft labels of label space"):
+        aggregate({"x": one, "y": other}, LABELS)
+    with pytest.raises(ValueError, match="the column 'id' is missing"):
+        aggregate({"x": one.remove_columns("id")}, LABELS)
+    with pytest.raises(ValueError, match="'y' has other rows than 'x'"):
+        aggregate({"x": one, "y": one.remove_columns("id")}, LABELS)

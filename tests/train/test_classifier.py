@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, List, Value
 
 from llmlabel.data import with_columns
-from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.labelspace import LabelSpace, load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train.classifier import predict, train_classifier
 from llmlabel.train.network import LoRA
@@ -191,7 +191,7 @@ def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of the 24 rows has a text, a soft label"):
         train(empty, tiny_encoder, tmp_path)
     bad = with_columns(table(), {"weight": ([1.0] * 23 + [-1.0], Value("float32"))})
-    with pytest.raises(ValueError, match=r"row 23: weight -1.0"):
+    with pytest.raises(ValueError, match=r"row with id 'r23' has the weight -1.0"):
         train(bad, tiny_encoder, tmp_path)
     with pytest.raises(ValueError, match="label space"):
         train(table(), tiny_encoder, tmp_path, load_labels(["animal", "other"]))
@@ -204,7 +204,44 @@ def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds README.md, which is no file of a student"):
         train(table(), tiny_encoder, tmp_path / "mine")
     assert (tmp_path / "mine" / "README.md").read_text() == "my notes"
+    for name, value in {
+        "num_train_epochs": 0,
+        "learning_rate": float("nan"),
+        "per_device_train_batch_size": 0,
+        "gradient_accumulation_steps": 0,
+        "max_length": 0,
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} must be above 0; got {value}"):
+            train(table(), tiny_encoder, tmp_path / "new", **{name: value})
+    with pytest.raises(ValueError, match=r"warmup_ratio must be between 0 and 1; got 2"):
+        train(table(), tiny_encoder, tmp_path / "new", warmup_ratio=2.0)
     half = shutil.copytree(student, tmp_path / "half")
     (half / "model_card.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model_card.json is missing.*finished"):
         predict(table(), model=half)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("head.safetensors", r"model '.*damaged' cannot be loaded \(SafetensorError"),
+        ("adapter_model.safetensors", r"model '.*damaged' cannot be loaded \(SafetensorError"),
+        ("adapter_config.json", r"model '.*damaged' cannot be loaded \(JSONDecodeError"),
+        ("model_card.json", r"model '.*damaged' cannot be loaded \(JSONDecodeError"),
+        ("labels.json", r"damaged/labels.json: line \d+ is not JSON"),
+    ],
+)
+def test_a_damaged_student_is_named(student: Path, tmp_path: Path, name: str, message: str) -> None:
+    damaged = shutil.copytree(student, tmp_path / "damaged")
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=message) as caught:
+        predict(table(), model=damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_student_with_the_labels_of_another(student: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(student, tmp_path / "mixed")
+    save_labels(load_labels(["animal", "other"]), mixed / "labels.json")
+    with pytest.raises(ValueError, match=r"mixed: labels.json is of label space .* was trained on"):
+        predict(table(), model=mixed)
