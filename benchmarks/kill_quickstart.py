@@ -50,7 +50,9 @@ def main() -> None:
             run = Path(output) / "quickstart"
             kept = [p.parent.name for p in run.glob("*/kept.json")]
             blocks = len(list(run.glob("*/blocks/*.parquet")))
-            died.append({"after_seconds": round(float(moment), 1), "kept": len(kept), "blocks": blocks})
+            died.append(
+                {"after_seconds": round(float(moment), 1), "kept": len(kept), "blocks": blocks}
+            )
             print(died[-1], flush=True)
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         whole, killed = contents(arguments.whole), contents(Path(output) / "quickstart")

@@ -13,6 +13,12 @@ from llmlabel.data import require_columns, with_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 
+LABEL_COLUMNS = (
+    *("label_ids", "label_probs", "label_space"),
+    *("label_mass", "engine", "prompt_sha", "error"),
+)
+"""What every labeler writes, teacher or student; null where it has no meaning."""
+
 _ROUNDING = 1e-6
 """A row of float32 probabilities that sums to 1 does so within this."""
 

@@ -14,9 +14,8 @@ from llmlabel.data import require_columns, with_columns
 from llmlabel.engine import Engine, Scores
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import Chat, prompt_sha, render
-from llmlabel.softlabels import SoftLabels
+from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 
-_ADDED = ["label_ids", "label_probs", "label_space", "label_mass", "engine", "prompt_sha", "error"]
 _YES_NO = ("yes", "no")
 
 
@@ -98,7 +97,7 @@ def label_direct(
     return map_blocks(
         dataset,
         compute,
-        columns=_ADDED,
+        columns=LABEL_COLUMNS,
         key=key,
         block_rows=block_rows,
         output=output,

@@ -14,9 +14,7 @@ from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
-from llmlabel.softlabels import SoftLabels
-
-_ADDED = ["label_ids", "label_probs", "label_space", "engine", "error"]
+from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 
 
 @runtime_checkable
@@ -80,6 +78,8 @@ def label_embedding(
             {
                 "engine": ([name] * len(block), Value("string")),
                 "error": (errors, Value("string")),
+                "label_mass": ([None] * len(block), Value("float32")),
+                "prompt_sha": ([None] * len(block), Value("string")),
             },
         )
 
@@ -87,7 +87,7 @@ def label_embedding(
     return map_blocks(
         dataset,
         compute,
-        columns=_ADDED,
+        columns=LABEL_COLUMNS,
         key=key,
         block_rows=block_rows,
         output=output,

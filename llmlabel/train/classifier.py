@@ -28,7 +28,7 @@ from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy, weighted_mean
 from llmlabel.select import row_weights
-from llmlabel.softlabels import SoftLabels
+from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 from llmlabel.train.network import (
     PAPER_LORA,
     LabelSupervised,
@@ -187,6 +187,9 @@ def predict(
             {
                 "engine": ([name] * len(block), Value("string")),
                 "error": (errors, Value("string")),
+                # of a teacher whose rows these may be, and nothing that a student has
+                "label_mass": ([None] * len(block), Value("float32")),
+                "prompt_sha": ([None] * len(block), Value("string")),
             },
         )
 
@@ -194,7 +197,7 @@ def predict(
     return map_blocks(
         dataset,
         compute,
-        columns=["label_ids", "label_probs", "label_space", "engine", "error"],
+        columns=LABEL_COLUMNS,
         key=f"predict {digest}",
         output=output,
         block_rows=block_rows,

@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset, List, Value
 
 from llmlabel.data import with_columns
+from llmlabel.engine.fake import FakeEngine
+from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train.classifier import predict, train_classifier
@@ -184,6 +186,13 @@ def test_training_leaves_the_global_generator_alone(tiny_encoder: Path, tmp_path
     before = torch.random.get_rng_state()
     train(table(), tiny_encoder, tmp_path, num_train_epochs=1, lora=LoRA(r=4))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_nothing_of_a_teacher_is_left_in_a_students_rows(student: Path) -> None:
+    rows = label_direct(table(), FakeEngine(), LABELS)
+    got = predict(rows, model=student)
+    assert set(got["label_mass"]) == set(got["prompt_sha"]) == {None}
+    assert got.column_names == rows.column_names
 
 
 def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
