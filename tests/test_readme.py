@@ -43,7 +43,8 @@ def test_the_tree_is_the_docstrings() -> None:
 
 
 def test_columns_are_the_table() -> None:
-    rows = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in COLUMNS.items())
+    meant = {name: meaning.partition(":") for name, meaning in COLUMNS.items()}
+    rows = "\n".join(f"| `{name}` | `{kind}`:{means} |" for name, (kind, _, means) in meant.items())
     assert f"| column | meaning |\n|---|---|\n{rows}\n" in README
 
 
