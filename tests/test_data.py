@@ -576,7 +576,7 @@ def test_gold_outside_the_labels(read: Callable[..., Any], labels: LabelSpace) -
     with pytest.raises(ValueError, match=r"gold label -1"):
         read(golden([[-1]]), labels)
     with pytest.raises(ValueError, match=r"row with id 'r2' has the gold label -1"):
-        read(golden([[], [1], [None]]), labels)  # type: ignore[list-item]  # what JSON may hold
+        read(golden([[], [1], [None]]), labels)  # what JSON may hold
     names = Dataset.from_dict({"id": ["a"], "gold": ["bug"]})
     with pytest.raises(ValueError, match=r"'gold' holds string, but the name means list<int32>"):
         read(names, labels)

@@ -48,7 +48,7 @@ def test_other_labels_engines_and_verbs_are_other_requests(tmp_path: Path) -> No
     assert cached.generate([chat("a b c")], max_tokens=2)[0].text == "a b"
     other = CachedEngine(Counting(noise=2.0), tmp_path / "replies.sqlite")
     other.score([chat("a")], ["x", "y"])
-    assert other.engine.asked == 1  # type: ignore[attr-defined]
+    assert other.engine.asked == 1
     other.close()
     cached.close()
 

@@ -91,9 +91,9 @@ def test_sets_do_not_depend_on_order_or_company(plain: Dataset, score: str) -> N
 
     gold = [[int(i % 4)] for i in range(30)]
     rows = with_columns(plain, {"gold": (gold, List(Value("int32")))})
-    conformal = fit_conformal(rows, LABELS, alpha=0.2, score=score)  # type: ignore[arg-type]
+    conformal = fit_conformal(rows, LABELS, alpha=0.2, score=score)
     order = np.random.default_rng(2).permutation(30)
-    mixed = fit_conformal(rows.select(order), LABELS, alpha=0.2, score=score)  # type: ignore[arg-type]
+    mixed = fit_conformal(rows.select(order), LABELS, alpha=0.2, score=score)
     assert mixed == conformal
     whole = predict_sets(rows, LABELS, conformal)["set_ids"][:]
     alone = [

@@ -44,7 +44,7 @@ def train(
     }
     return train_classifier(
         dataset, labels, model=str(model), output=output, **{**arguments, **given}
-    )  # type: ignore[arg-type]
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
