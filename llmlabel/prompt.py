@@ -1,7 +1,8 @@
 """Prompt files: find, render, hash; and the tokens of a chat.
 
 A prompt is a jinja file with two blocks, `system` and `user`, under the same path in `prompts/` as
-the module that uses it. Only the file is a template: texts, labels and demonstrations are values.
+the module that uses it. A third block, `reply`, may begin the model's reply for it: the words around
+`{{ answer }}`, so that a weak model answers with a label instead of a remark. Only the file is a template: texts, labels and demonstrations are values.
 What all rows share (instructions, labels, demonstrations) stands first, the text last, so that an
 engine computes the shared prefix once.
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,9 +25,19 @@ class Message(TypedDict):
     content: str
     tail: NotRequired[int]
     """Characters at the end of `content` that must survive when the text before is shortened."""
+    after: NotRequired[str]
+    """Of a reply that has been begun (a last turn of the assistant): what closes it."""
 
 
 Chat = list[Message]
+
+
+class ReplyForm(NamedTuple):
+    """How a chat has its answer: words before it, and what closes it (else the end of the turn)."""
+
+    lead: str = ""
+    after: str | None = None
+
 
 _MARK = "\ue000\ue001\ue000"  # private use: stands for a text or a reply to see what follows it
 
@@ -37,19 +48,25 @@ def find_prompt(prompt: str | Path) -> Path:
     Raises:
         FileNotFoundError: names the shipped prompts.
     """
-    if Path(prompt).is_file():
-        return Path(prompt)
-    here = Path(__file__).parent
-    shipped = here / "prompts" if (here / "prompts").is_dir() else here.parent / "prompts"
-    path = shipped / f"{prompt}.jinja"
-    if path.is_file():
+    if (path := Path(prompt)).is_file():
         return path
+    if (path := _shipped(str(prompt))).is_file():
+        return path
+    shipped = _shipped("x").parent
     names = sorted(
         p.relative_to(shipped).with_suffix("").as_posix() for p in shipped.rglob("*.jinja")
     )
     raise FileNotFoundError(
         f"prompt {str(prompt)!r}: no such file, and not a shipped one ({', '.join(names)})"
     )
+
+
+@lru_cache
+def _shipped(name: str) -> Path:
+    """Where a prompt of that name is shipped: in the package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    folder = here / "prompts" if (here / "prompts").is_dir() else here.parent / "prompts"
+    return folder / f"{name}.jinja"
 
 
 def prompt_sha(prompt: str | Path) -> str:
@@ -75,27 +92,62 @@ def render(
         values: further variables of the prompt file.
     """
     path = find_prompt(prompt)
-    template = _template(path, path.stat().st_mtime_ns)
-    shared = {"labels": list(labels), **values}
+    asked = (path, path.stat().st_mtime_ns, tuple(labels), tuple(values.items()))
+    # Kept by content, since a list may change between two calls; 1 and true would be the same.
+    is_plain = all(type(value) is str for value in values.values())
+    template, shared, system, tail, reply = (_shared if is_plain else _shared.__wrapped__)(*asked)
 
-    def block(name: str, text: str) -> str:
-        context = template.new_context({**shared, "text": text})
-        try:
-            return "".join(template.blocks[name](context))
-        except TemplateError as error:
-            raise ValueError(f"prompt file {path}: {error}") from None
+    def turn(text: str) -> str:
+        return _block(path, template, "user", {**shared, "text": text})
 
     chat: Chat = []
-    if "system" in template.blocks and (system := block("system", "").strip()):
+    if system:
         chat.append({"role": "system", "content": system})
     for shown in demonstrations:
-        chat.append({"role": "user", "content": block("user", shown["text"])})
-        chat.append({"role": "assistant", "content": shown["label"]})
-    _, found, tail = block("user", _MARK).rpartition(_MARK)
+        chat.append({"role": "user", "content": turn(shown["text"])})
+        answer = shown["label"] if reply is None else reply.lead + shown["label"] + str(reply.after)
+        chat.append({"role": "assistant", "content": answer})
+    chat.append({"role": "user", "content": turn(text), "tail": tail})
+    if reply is not None:
+        chat.append({"role": "assistant", "content": reply.lead, "after": str(reply.after)})
+    return chat
+
+
+@lru_cache(maxsize=256)
+def _shared(
+    path: Path, changed_ns: int, labels: tuple[str, ...], values: tuple[tuple[str, Any], ...]
+) -> tuple[Template, dict[str, Any], str, int, "ReplyForm | None"]:
+    """What the chats of all texts have in common: their template, its variables, the system text.
+
+    Then the number of characters behind the text in its turn, and the words around the answer.
+    """
+    template = _template(path, changed_ns)
+    shared = {"labels": list(labels), **dict(values)}
+    system = ""
+    if "system" in template.blocks:
+        system = _block(path, template, "system", {**shared, "text": ""}).strip()
+    turn = _block(path, template, "user", {**shared, "text": _MARK})
+    _, found, tail = turn.rpartition(_MARK)
     if not found:
         raise ValueError(f"prompt file {path}: its user block does not show {{{{ text }}}}")
-    chat.append({"role": "user", "content": block("user", text), "tail": len(tail)})
-    return chat
+    reply = None
+    if "reply" in template.blocks:
+        words = _block(path, template, "reply", {**shared, "text": "", "answer": _MARK})
+        lead, found, after = words.partition(_MARK)
+        if not (found and after):
+            raise ValueError(
+                f"prompt file {path}: its reply block does not show {{{{ answer }}}} with something "
+                "behind it that closes it, such as a quotation mark"
+            )
+        reply = ReplyForm(lead, after)
+    return template, shared, system, len(tail), reply
+
+
+def _block(path: Path, template: Template, name: str, variables: dict[str, Any]) -> str:
+    try:
+        return "".join(template.blocks[name](template.new_context(variables)))
+    except TemplateError as error:
+        raise ValueError(f"prompt file {path}: {error}") from None
 
 
 @lru_cache(maxsize=32)
@@ -164,18 +216,39 @@ def _knows_system(tokenizer: Any) -> bool:
         return False
 
 
-def reply_surroundings(tokenizer: Any) -> tuple[str, str, str]:
+def reply_form(chats: Sequence[Chat]) -> ReplyForm:
+    """The one form of the replies of all chats.
+
+    Raises:
+        ValueError: chats were made from prompts that begin the reply in different ways.
+    """
+    forms = {
+        ReplyForm(chat[-1]["content"], chat[-1].get("after"))
+        if chat[-1]["role"] == "assistant"
+        else ReplyForm()
+        for chat in chats
+    }
+    if len(forms) > 1:
+        raise ValueError(f"chats begin their replies in different ways: {sorted(forms, key=str)}")
+    return forms.pop() if forms else ReplyForm()
+
+
+@lru_cache(maxsize=32)
+def reply_surroundings(tokenizer: Any, form: ReplyForm = ReplyForm()) -> tuple[str, str, str]:  # noqa: B008  # immutable
     """What stands before a reply, between that and its first character, and after its last one.
 
-    The first is a chat up to the generation prompt; the template itself is asked for the others,
-    since it may write a space before an answer and end it with another token than end-of-text.
+    The first is a chat up to the label, without blanks at its end: a token may join a blank with
+    the word that follows. The template itself is asked, since it may write a space before an answer
+    and end it with another token than end-of-text.
     """
     turns = [{"role": "user", "content": "x"}]
     start = chat_text(tokenizer, turns)
     whole = chat_text(tokenizer, [*turns, {"role": "assistant", "content": _MARK}], reply=False)
     before, _, after = whole.partition(_MARK)
     lead = before[len(start) :] if before.startswith(start) else ""
-    return start, lead, after
+    begun = (lead + form.lead).rstrip() if form.lead else ""
+    gap = (lead + form.lead)[len(begun) :]
+    return start + begun, gap, after if form.after is None else form.after
 
 
 def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[int], str | None]:
@@ -188,16 +261,21 @@ def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[in
         ValueError: what stands around the text is already too long.
     """
     control = control_tokens(tokenizer)
-    last, tail = chat[-1]["content"], chat[-1].get("tail", 0)
+    turns = [turn for turn in chat if turn is not chat[-1] or turn["role"] == "user"]
+    last, tail = turns[-1]["content"], turns[-1].get("tail", 0)
     body, end = last[: len(last) - tail], last[len(last) - tail :]
     body, end = escape_control_tokens(body, control), escape_control_tokens(end, control)
     messages = [
-        {"role": m["role"], "content": escape_control_tokens(m["content"], control)} for m in chat
+        {"role": m["role"], "content": escape_control_tokens(m["content"], control)} for m in turns
     ]
+    begun, start = (
+        reply_surroundings(tokenizer, reply_form([chat]))[0],
+        reply_surroundings(tokenizer)[0],
+    )
 
     def tokens(kept: str) -> list[int]:
         messages[-1]["content"] = kept + end
-        text = chat_text(tokenizer, messages)
+        text = chat_text(tokenizer, messages) + begun[len(start) :]
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     ids = tokens(body)

@@ -66,13 +66,23 @@ class SoftLabels:
 
     @classmethod
     def from_scores(
-        cls, log_probs: Float[np.ndarray, "rows labels"], labels: LabelSpace
+        cls,
+        log_probs: Float[np.ndarray, "rows labels"],
+        labels: LabelSpace,
+        *,
+        unread: Float[np.ndarray, " rows"] | None = None,
     ) -> "SoftLabels":
         """Turns natural-log joint probabilities of the labels into soft labels.
 
         Single-label: the softmax over the label set. Multi-label: the exponential of each, as it is.
         Nothing is invented where nothing was read: a row of -inf, and in a single-label space a row
         with a NaN anywhere, has no soft label; in a multi-label space a NaN is a label not stored.
+
+        Args:
+            log_probs: -inf is a label not read; it is not stored.
+            labels: their label space.
+            unread: probability that a row's labels not read have together at most. A single-label
+                row then sums to found / (found + unread), and what is missing to 1 is the bound.
 
         Raises:
             ValueError: If the columns are not the labels, or a multi-label score is above 0.
@@ -82,8 +92,11 @@ class SoftLabels:
         if not labels.multilabel:
             scores[~(scores < np.inf).all(axis=1)] = -np.inf  # NaN and +inf
             peak = scores.max(axis=1, keepdims=True)
-            joint = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
+            peak = np.where(np.isfinite(peak), peak, 0.0)
+            joint = np.exp(scores - peak)
             total = joint.sum(axis=1, keepdims=True)
+            if unread is not None:
+                total += np.where(total > 0, unread[:, None] * np.exp(-peak), 0.0)
             return cls.from_dense(joint / np.where(total > 0, total, 1.0), labels)
         return cls.from_dense(np.exp(np.nan_to_num(scores, nan=-np.inf, posinf=np.inf)), labels)
 

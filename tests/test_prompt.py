@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,20 @@ def test_direct_prompt(golden: Callable[[str], Any]) -> None:
 def test_applies_prompt(golden: Callable[[str], Any]) -> None:
     chat = render("label/applies", text="It crashed.", labels=LABELS, label="bug")
     assert chat == golden("prompts/label/applies.json")
+
+
+def test_quoted_prompt(golden: Callable[[str], Any]) -> None:
+    shown = [{"text": "Great!", "label": "praise"}]
+    chat = render("label/quoted", text="It crashed.", labels=LABELS, demonstrations=shown)
+    assert chat == golden("prompts/label/quoted.json")
+
+
+def test_a_reply_block_needs_something_that_closes_it(tmp_path: Path) -> None:
+    file = tmp_path / "open.jinja"
+    user = "{% block user %}{{ text }}{% endblock %}"
+    file.write_text(user + "{% block reply %}Label: {{ answer }}{% endblock %}")
+    with pytest.raises(ValueError, match="its reply block does not show .* that closes it"):
+        render(file, text="x", labels=LABELS)
 
 
 def test_every_shipped_prompt_has_a_golden_file() -> None:
@@ -80,6 +95,32 @@ def test_a_prompt_needs_the_text_and_known_variables(tmp_path: Path) -> None:
         render(file, text="x", labels=LABELS)
     file.write_text("{% block user %}{{ text | upper }}{% endblock %}")
     assert render(file, text="x", labels=LABELS)[0]["content"] == "X"
+
+
+def test_what_chats_share_follows_their_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "p.jinja"
+    source = "{% block system %}{{ labels }}{% endblock %}{% block user %}{{ text }}|{{ x }}{% endblock %}"
+    file.write_text(source)
+    labels = ["a"]
+    first = render(file, text="t", labels=labels, x="1")
+    assert first == [
+        {"role": "system", "content": "['a']"},
+        {"role": "user", "content": "t|1", "tail": 2},
+    ]
+    first[0]["content"] = "changed by its owner"
+    labels.append("b")
+    assert render(file, text="t", labels=labels, x="1")[0]["content"] == "['a', 'b']"
+    assert render(file, text="t", labels=["a"], x="1")[0]["content"] == "['a']"
+    for x, shown in ((1, "1"), (True, "True"), (1.0, "1.0"), (["l"], "['l']"), ("True", "True")):
+        chat = render(file, text="t", labels=labels, x=x)
+        assert (chat[1]["content"], chat[1]["tail"]) == (f"t|{shown}", len(shown) + 1)
+    file.write_text(source.replace("|", "||"))
+    os.utime(file, ns=(0, 0))
+    assert render(file, text="t", labels=labels, x="1")[1] == {
+        "role": "user",
+        "content": "t||1",
+        "tail": 3,
+    }
 
 
 def test_sha_is_of_the_content(tmp_path: Path) -> None:

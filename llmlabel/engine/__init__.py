@@ -32,13 +32,29 @@ class Scores:
     """Natural-log joint probability of each label as the whole reply to each chat."""
 
     log_probs: Float[np.ndarray, "rows labels"]
+    """-inf is a label that was not read: together these have at most the probability `unread`."""
     errors: list[str | None] = field(default_factory=list)
-    """One message or None per row; the row is scored all the same unless it holds -inf."""
+    """One message or None per row; a row with a message is scored all the same where it could be."""
+    unread: Float[np.ndarray, " rows"] | None = None
+    """Probability that all labels not read have at most; None where every label was read."""
 
     @property
     def label_mass(self) -> Float[np.ndarray, " rows"]:
-        """Probability that the model answers inside the label set."""
+        """Probability that the model answers with one of the labels that were read."""
         return np.minimum(np.exp(self.log_probs).sum(axis=1), 1.0)
+
+
+@dataclass
+class Usage:
+    """What an engine has been asked since it was made."""
+
+    requests: int = 0
+    """Passes of a model in process; calls of a server."""
+    prompt_tokens: int = 0
+    """Tokens of all prompts as if nothing were shared."""
+    computed_tokens: int = 0
+    """Of these the tokens that were really computed, where the backend tells."""
+    output_tokens: int = 0
 
 
 @runtime_checkable
@@ -60,8 +76,21 @@ class Engine(Protocol):
         """One reply per chat; `schema` restricts it to JSON of that schema where supported."""
         ...
 
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
-        """The joint probability of each label as the reply."""
+    def score(
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        """The joint probability of each label as the reply.
+
+        Args:
+            chats: each up to the start of the reply.
+            labels: the possible replies.
+            candidates: per chat the positions of the labels that may be answered, where not all may;
+                the others are -inf and do not count as unread.
+        """
         ...
 
 

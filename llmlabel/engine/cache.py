@@ -58,18 +58,37 @@ class CachedEngine:
             self._write({keys[i]: row for i, row in zip(missing, rows, strict=True)}, known)
         return [Reply(*known[key]) for key in keys]
 
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
+    def score(
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
         """Known scores from the file, the others from the engine in one call."""
-        keys = [self._key("score", chat, list(labels)) for chat in chats]
+        keys = [
+            self._key("score", chat, [list(labels), candidates and list(candidates[i])])
+            for i, chat in enumerate(chats)
+        ]
         known = self._read(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
-            new = self.engine.score([chats[i] for i in missing], labels)
+            some = None if candidates is None else [candidates[i] for i in missing]
+            new = self.engine.score([chats[i] for i in missing], labels, candidates=some)
             errors = new.errors or [None] * len(missing)
-            rows = [[values.tolist(), e] for values, e in zip(new.log_probs, errors, strict=True)]
+            unread = [None] * len(missing) if new.unread is None else new.unread.tolist()
+            rows = [
+                [values.tolist(), error, rest]
+                for values, error, rest in zip(new.log_probs, errors, unread, strict=True)
+            ]
             self._write({keys[i]: row for i, row in zip(missing, rows, strict=True)}, known)
         log_probs = np.array([known[key][0] for key in keys], dtype=np.float64)
-        return Scores(log_probs.reshape(len(chats), len(labels)), [known[key][1] for key in keys])
+        rest = np.array([known[key][2] or 0.0 for key in keys], dtype=np.float64)
+        return Scores(
+            log_probs.reshape(len(chats), len(labels)),
+            [known[key][1] for key in keys],
+            rest if rest.any() else None,
+        )
 
     def _key(self, verb: str, chat: Chat, parameters: Any) -> str:
         content = json.dumps([self.name, verb, chat, parameters], sort_keys=True)

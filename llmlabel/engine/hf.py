@@ -1,30 +1,28 @@
 """A language model by transformers, on whatever torch runs on.
 
-Scoring reads every label exactly. The tokens that all chats begin with are computed once; rows of
-similar length share a pass; behind each row's own tokens stand the inner nodes of the label trie,
-and a tree-attention mask lets a node see its row and its ancestors only, so one pass reads all
-labels. Where a model's logits are no more than its output matrix times the last layer, the matrix is
-applied at the read positions only and in float32; other models (logit caps, scales, biases) apply
-their own head there.
+Scoring reads labels exactly. The tokens that all chats begin with are computed once; chats that
+begin alike share a tree, trees of similar size a pass. Behind each chat stand the inner nodes of a
+small label trie, so that one pass reads all labels; a large trie is read best-first, in passes that
+go on where the one before ended. Where a model's logits are no more than its output matrix times the
+last layer, the matrix is applied at the read positions only and in float32; other models (logit caps,
+scales, biases) apply their own head there.
 """
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from jaxtyping import Float
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmlabel import models
-from llmlabel.engine import Reply, Scores, chat_seeds, refuse_many_processes
-from llmlabel.engine.labeltrie import LabelTrie, label_trie
+from llmlabel.engine import Reply, Scores, Usage, chat_seeds, refuse_many_processes
+from llmlabel.engine.bestfirst import BestFirst
+from llmlabel.engine.labeltrie import LabelTrie, label_trie, tokens_and_trie
+from llmlabel.engine.treepass import Decoder, Pass, Prefix, Tree, batches, shared_prefix, trees
 from llmlabel.prompt import Chat, chat_tokens
-
-_VOCABULARY_BLOCK = 16_384  # rows of the output matrix turned to float32 at a time
 
 
 class HFEngine:
@@ -37,8 +35,11 @@ class HFEngine:
             pass.
         max_tokens: longer chats lose the end of their text and are reported. Never more than the
             model's context or its sliding window.
-        pass_tokens: tokens computed in one pass (rows x padded length).
-        max_nodes: trie nodes read in one pass.
+        pass_tokens: tokens computed in one pass (trees x padded length).
+        max_nodes: inner nodes of the label trie that are read of a row at most. A trie that has no
+            more is read whole in one pass; a larger one best-first.
+        max_missing: best-first reading of a row ends when the labels not read have together at most
+            this share of the label set's probability; what they have at most is reported.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class HFEngine:
         max_tokens: int = 2048,
         pass_tokens: int = 1024,
         max_nodes: int = 512,
+        max_missing: float = 1e-3,
     ) -> None:
         refuse_many_processes("HFEngine")
         path = models.fetch(model)
@@ -62,15 +64,14 @@ class HFEngine:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         self.model = loaded.to(self.device).eval()
         self.max_tokens = min(max_tokens, models.context_tokens(loaded.config))
-        self.pass_tokens, self.max_nodes = pass_tokens, max_nodes
+        self.pass_tokens, self.max_nodes, self.max_missing = pass_tokens, max_nodes, max_missing
         known = models.model_sha(path, loaded.config)
         number = str(self.dtype).removeprefix("torch.")
-        self.name = f"hf:{models.model_name(model)}@{known}:{number}:{self.max_tokens}"
-        # transformers renamed the argument in 5.20; the signature tells which one this version has.
-        forward = inspect.signature(type(self.model.base_model).forward).parameters
-        self._cache_argument = "cache" if "cache" in forward else "past_key_values"
-        self._plain_head = True
+        self.name = f"hf:{models.model_name(model)}@{known}:{number}:{self.max_tokens}:{max_nodes}:{max_missing}"
+        self._decoder = Decoder(self.model)
+        self.usage = Usage()
         self._check_reading(model)
+        self.usage, self._decoder.computed_tokens = Usage(), 0
 
     def generate(
         self,
@@ -116,24 +117,120 @@ class HFEngine:
         return replies
 
     @torch.inference_mode()
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
-        """Exact joint log-probability of each label as the whole reply."""
-        trie = label_trie(self.tokenizer, tuple(labels))
-        room = self.max_tokens - int(trie.depths.max())
-        read = [chat_tokens(self.tokenizer, chat, max_tokens=room) for chat in chats]
-        rows, errors = [ids for ids, _ in read], [error for _, error in read]
+    def score(
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        """Joint log-probability of each label as the whole reply; exact where it was read."""
+        trie, rows, errors = tokens_and_trie(
+            self.tokenizer, chats, labels, max_tokens=self.max_tokens
+        )
         log_probs = np.full((len(rows), len(labels)), -np.inf)
         if not rows:
             return Scores(log_probs, errors)
-        prefix = _shared_prefix(rows)
-        start = self._prefix_cache(rows[0][:prefix])
-        parts = trie.parts(self.max_nodes)
-        nodes = max(len(part) for _, part in parts)
-        for some in _batches([len(ids) - prefix for ids in rows], nodes, self.pass_tokens):
-            own = [rows[i][prefix:] for i in some]
-            for columns, part in parts:
-                log_probs[np.ix_(np.array(some), columns)] = self._read(own, part, start, prefix)
-        return Scores(log_probs, errors)
+        start = shared_prefix(rows)
+        prefix = self._decoder.prefix(rows[0][:start])
+        own = [ids[start:] for ids in rows]
+        self.usage.prompt_tokens += sum(map(len, rows))
+        if len(trie) > self.max_nodes:
+            reading = BestFirst(
+                trie,
+                len(rows),
+                max_missing=self.max_missing,
+                max_reads=self.max_nodes,
+                candidates=candidates,
+            )
+            self._read_in_rounds(own, reading, prefix)
+            log_probs, unread = reading.log_probs, reading.unread
+        else:
+            self._read_whole(own, trie, prefix, candidates, log_probs)
+            unread = None
+        self.usage.computed_tokens = self._decoder.computed_tokens
+        return Scores(log_probs, errors, unread)
+
+    def _read_whole(
+        self,
+        own: list[list[int]],
+        trie: LabelTrie,
+        prefix: Prefix,
+        candidates: Sequence[Sequence[int]] | None,
+        log_probs: Float[np.ndarray, "rows labels"],
+    ) -> None:
+        """Fills in the log-probabilities of all labels, or of each row's candidates."""
+        all_labels = np.arange(len(trie.last_node))
+        columns = [all_labels] * len(own)
+        tries = [trie] * len(own)
+        if candidates is not None:
+            columns = [np.array(some, dtype=np.int64) for some in candidates]
+            tries = [trie.subset(some) if len(some) else trie for some in candidates]
+        room = [len(t) - 1 for t in tries]
+        for batch in self._batches(own, room):
+            self.usage.requests += 1
+            some = [_with_tries(tree, tries) for tree in batch]
+            there = Pass(self._decoder, len(batch), prefix)
+            states = there.extend(*zip(*some, strict=True))
+            first = 0
+            reads, tokens = [], []
+            order = [chat for tree in batch for chat in tree.chats]
+            for chat in order:
+                t = tries[chat]
+                reads += [first + t.parents[1:], first + t.last_node]
+                tokens += [t.tokens[1:], t.last_token]
+                first += len(t)
+            values = self._decoder.log_probs(states, np.concatenate(reads), np.concatenate(tokens))
+            at = 0
+            for chat in order:
+                t = tries[chat]
+                inner, ends = np.split(
+                    values[at : at + len(t) - 1 + len(t.last_node)], [len(t) - 1]
+                )
+                at += len(t) - 1 + len(t.last_node)
+                joint = t.joint(np.concatenate([[0.0], inner])[None], ends[None])[0]
+                log_probs[chat, columns[chat]] = joint[: len(columns[chat])]
+
+    def _read_in_rounds(self, own: list[list[int]], reading: BestFirst, prefix: Prefix) -> None:
+        trie = reading.trie
+        for batch in self._batches(own, [0] * len(own)):
+            there = Pass(self._decoder, len(batch), prefix)
+            place = {
+                (chat, 0): end
+                for tree in batch
+                for chat, end in zip(tree.chats, tree.ends, strict=True)
+            }
+            home = {chat: number for number, tree in enumerate(batch) for chat in tree.chats}
+            tokens, parents = [t.tokens for t in batch], [t.parents for t in batch]
+            asked = [[(chat, 0) for chat in tree.chats] for tree in batch]
+            while any(asked):
+                self.usage.requests += 1
+                reads = [[place[read] for read in some] for some in asked]
+                states = there.extend(tokens, parents, reads)
+                wanted = [read for some in asked for read in some]
+                fans = [trie.children[node] for _, node in wanted]
+                values = self._decoder.log_probs(
+                    states,
+                    np.repeat(np.arange(len(fans)), [len(fan) for fan in fans]),
+                    np.concatenate([np.array(fan, dtype=np.int64) for fan in fans]),
+                )
+                ends = np.cumsum([len(fan) for fan in fans])[:-1]
+                for (chat, node), some in zip(wanted, np.split(values, ends), strict=True):
+                    reading.tell(chat, node, some)
+                tokens, parents = [[] for _ in batch], [[] for _ in batch]
+                asked = [[] for _ in batch]
+                for chat, nodes in reading.round(home):
+                    tree = home[chat]
+                    for node in nodes.tolist():
+                        place[chat, node] = there.places + len(tokens[tree])
+                        parents[tree].append(place[chat, int(trie.parents[node])])
+                        tokens[tree].append(int(trie.tokens[node]))
+                        asked[tree].append((chat, node))
+
+    def _batches(self, own: list[list[int]], room: list[int]) -> list[list[Tree]]:
+        packed = trees(own, room, most_tokens=self.pass_tokens)
+        sizes = [len(tree) + sum(room[chat] for chat in tree.chats) for tree in packed]
+        return [[packed[i] for i in some] for some in batches(sizes, most_tokens=self.pass_tokens)]
 
     def _check_reading(self, model: str | Path) -> None:
         """Compares a first read with the model's own logits; picks the head, or refuses the model.
@@ -147,7 +244,7 @@ class HFEngine:
         expected = np.array([self._slow_read(chat, trie) for chat in chats])
         # Half precision moves a log-probability by some tenths; a wrong head by several nats.
         allowed = 1e-2 if self.dtype == torch.float32 else 1.0
-        for self._plain_head in (True, False):
+        for self._decoder.plain_head in (True, False):
             try:
                 found = self.score(chats, labels).log_probs
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
@@ -171,114 +268,13 @@ class HFEngine:
             values.append(log_probs[torch.arange(len(reply)), reply].sum().item())
         return values
 
-    def _prefix_cache(self, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
-        if not ids:
-            return []
-        cache = DynamicCache()
-        arguments = {self._cache_argument: cache, "use_cache": True}
-        self.model.base_model(torch.tensor([ids], device=self.device), **arguments)
-        return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _read(
-        self,
-        rows: list[list[int]],
-        trie: LabelTrie,
-        start: list[tuple[Tensor, Tensor]],
-        prefix: int,
-    ) -> Float[np.ndarray, "rows labels"]:
-        """Log-probabilities of the trie's labels for rows that share one pass."""
-        ids, positions, mask = _tree_batch(rows, trie, prefix)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(start):
-            cache.update(
-                keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer
-            )
-        # Masks as numbers, since not every attention implementation takes booleans.
-        blocked = torch.zeros(mask.shape, dtype=self.dtype)
-        blocked = blocked.masked_fill(~mask, torch.finfo(self.dtype).min)
-        arguments: dict[str, Any] = {
-            "attention_mask": blocked.to(self.device),
-            "position_ids": positions.to(self.device),
-            self._cache_argument: cache,
-            "use_cache": True,
-        }
-        nodes = len(trie)
-        if self._plain_head:
-            hidden = self.model.base_model(ids.to(self.device), **arguments).last_hidden_state
-            return self._from_states(hidden[:, -nodes:], trie)
-        out = self.model(ids.to(self.device), logits_to_keep=nodes, **arguments)
-        log_probs = out.logits[:, -nodes:].float().log_softmax(dim=-1)
-        inner = log_probs[:, trie.parents[1:], trie.tokens[1:]]
-        return _joint(trie, inner, log_probs[:, trie.last_node, trie.last_token])
-
-    def _from_states(
-        self, states: Float[Tensor, "rows nodes width"], trie: LabelTrie
-    ) -> Float[np.ndarray, "rows labels"]:
-        weight = self.model.get_output_embeddings().weight
-        states = states.float()
-        log_z = torch.full(states.shape[:2], -torch.inf, device=states.device)
-        for block in weight.split(_VOCABULARY_BLOCK):
-            log_z = torch.logaddexp(log_z, (states @ block.float().T).logsumexp(dim=-1))
-
-        def read(nodes: np.ndarray, tokens: np.ndarray) -> Tensor:
-            rows = weight[torch.from_numpy(tokens).to(weight.device)].float()
-            return (states[:, nodes] * rows).sum(dim=-1) - log_z[:, nodes]
-
-        return _joint(
-            trie, read(trie.parents[1:], trie.tokens[1:]), read(trie.last_node, trie.last_token)
-        )
-
-
-def _joint(
-    trie: LabelTrie, inner: Float[Tensor, "rows inner"], ends: Float[Tensor, "rows labels"]
-) -> Float[np.ndarray, "rows labels"]:
-    steps = torch.cat([inner.new_zeros(len(inner), 1), inner], dim=1)
-    return trie.joint(steps.double().cpu().numpy(), ends.double().cpu().numpy())
-
-
-def _shared_prefix(rows: Sequence[list[int]]) -> int:
-    """Number of tokens that all rows begin with; at least one token of each row stays outside."""
-    first, last = min(rows), max(rows)  # all others lie between these two
-    most = min(len(ids) for ids in rows) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
-
-
-def _batches(lengths: Sequence[int], nodes: int, pass_tokens: int) -> list[list[int]]:
-    """Rows by length, so many to a pass that rows x (padded length + nodes) fits the budget."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    longest = 0
-    for row in order:
-        if not batches or (len(batches[-1]) + 1) * (longest + nodes) > pass_tokens:
-            batches.append([])
-            longest = lengths[row]
-        batches[-1].append(row)
-    return batches
-
-
-def _tree_batch(
-    rows: list[list[int]], trie: LabelTrie, prefix: int
-) -> tuple[Int[Tensor, "rows q"], Int[Tensor, "rows q"], Bool[Tensor, "rows 1 q kv"]]:
-    """Tokens, positions and attention mask of rows padded on the left, each with the trie.
-
-    So the last token of every row, which is the trie's root, stands at one position, and the other
-    nodes follow it.
-    """
-    width = max(len(ids) for ids in rows)
-    nodes = len(trie) - 1
-    ids = torch.zeros(len(rows), width + nodes, dtype=torch.long)
-    positions = torch.zeros(len(rows), width + nodes, dtype=torch.long)
-    mask = torch.zeros(len(rows), 1, width + nodes, prefix + width + nodes, dtype=torch.bool)
-    mask[..., :prefix] = True  # padding too, so that its softmax has something to look at
-    mask[:, :, width:, prefix + width :] = torch.from_numpy(trie.ancestors()[1:, 1:])
-    ids[:, width:] = torch.from_numpy(trie.tokens[1:])
-    depths = torch.from_numpy(trie.depths[1:])
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    for row, own in enumerate(rows):
-        pad = width - len(own)
-        ids[row, pad:width] = torch.tensor(own)
-        positions[row, pad:width] = prefix + torch.arange(len(own))
-        positions[row, width:] = prefix + len(own) - 1 + depths
-        mask[row, :, pad:width, prefix + pad : prefix + width] = causal[pad:, pad:]
-        mask[row, :, width:, prefix + pad : prefix + width] = True
-    return ids, positions, mask
+def _with_tries(tree: Tree, tries: list[LabelTrie]) -> tuple[list[int], list[int], list[int]]:
+    """Tokens, parents and read places of a tree with each chat's label trie behind it."""
+    tokens, parents, reads = list(tree.tokens), list(tree.parents), list[int]()
+    for chat, end in zip(tree.chats, tree.ends, strict=True):
+        trie, first = tries[chat], len(tokens)
+        tokens += trie.tokens[1:].tolist()
+        parents += [end if not p else first + p - 1 for p in trie.parents[1:].tolist()]
+        reads += [end, *range(first, first + len(trie) - 1)]
+    return tokens, parents, reads

@@ -2,13 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from llmlabel.prompt import reply_surroundings
+from llmlabel.prompt import Chat, ReplyForm, chat_tokens, reply_form, reply_surroundings
+
+
+class Edges(NamedTuple):
+    """Where the tokens read at a node lead: positions in `children[node]` of its nodes and labels."""
+
+    nodes: list[int]
+    node_at: list[int]
+    labels: list[int]
+    label_at: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +74,33 @@ class LabelTrie:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
     def children(self) -> list[list[int]]:
         """Per node the token ids whose probability is needed there, ascending."""
         wanted: list[set[int]] = [set() for _ in self.tokens]
-        for node in range(1, len(self)):
-            wanted[self.parents[node]].add(int(self.tokens[node]))
-        for node, token in zip(self.last_node, self.last_token, strict=True):
-            wanted[node].add(int(token))
+        for node, parent in enumerate(self.parents.tolist()):
+            if node:
+                wanted[parent].add(int(self.tokens[node]))
+        for node, token in zip(self.last_node.tolist(), self.last_token.tolist(), strict=True):
+            wanted[node].add(token)
         return [sorted(tokens) for tokens in wanted]
+
+    def edges(self, node: int) -> "Edges":
+        """What the tokens of `children[node]` lead to."""
+        return self._edges[node]
+
+    @cached_property
+    def _edges(self) -> list["Edges"]:
+        places = [{token: at for at, token in enumerate(tokens)} for tokens in self.children]
+        edges = [Edges([], [], [], []) for _ in self.tokens]
+        for node, parent in enumerate(self.parents.tolist()):
+            if node:
+                edges[parent].nodes.append(node)
+                edges[parent].node_at.append(places[parent][int(self.tokens[node])])
+        for label, node in enumerate(self.last_node.tolist()):
+            edges[node].labels.append(label)
+            edges[node].label_at.append(places[node][int(self.last_token[label])])
+        return edges
 
     def path(self, node: int) -> list[int]:
         """Tokens from the root to a node."""
@@ -82,40 +110,10 @@ class LabelTrie:
             node = int(self.parents[node])
         return tokens[::-1]
 
-    def ancestors(self) -> Bool[np.ndarray, "nodes nodes"]:
-        """Which nodes stand on the path to a node, itself included: a tree-attention mask."""
-        above = np.eye(len(self), dtype=bool)
-        for node in range(1, len(self)):  # parents come first, so their rows are complete
-            above[node] |= above[self.parents[node]]
-        return above
-
-    def parts(self, max_nodes: int) -> list[tuple[Int[np.ndarray, " some_labels"], "LabelTrie"]]:
-        """The labels in groups whose own tries have at most `max_nodes` nodes where possible.
-
-        Neighbours in token order share a group, so little of what they share is read twice.
-        """
-        if len(self) <= max_nodes:
-            return [(np.arange(len(self.last_node)), self)]
-        paths = [
-            [*self.path(int(n)), int(t)]
-            for n, t in zip(self.last_node, self.last_token, strict=True)
-        ]
-        order = sorted(range(len(paths)), key=paths.__getitem__)
-        groups: list[list[int]] = [[]]
-        nodes, previous = 1, list[int]()
-        for label in order:
-            inner = paths[label][:-1]
-            shared = next(
-                (i for i, (a, b) in enumerate(zip(inner, previous, strict=False)) if a != b),
-                min(len(inner), len(previous)),
-            )
-            if groups[-1] and nodes + len(inner) - shared > max_nodes:
-                groups.append([])
-                nodes, shared = 1, 0
-            nodes += len(inner) - shared
-            groups[-1].append(label)
-            previous = inner
-        return [(np.array(g), LabelTrie.of([paths[label] for label in g])) for g in groups]
+    def subset(self, labels: Sequence[int]) -> "LabelTrie":
+        """The trie of some of the labels, by position."""
+        ends = zip(self.last_node[labels].tolist(), self.last_token[labels].tolist(), strict=True)
+        return LabelTrie.of([[*self.path(node), token] for node, token in ends])
 
     def joint(
         self, log_probs: Float[np.ndarray, "rows nodes"], ends: Float[np.ndarray, "rows labels"]
@@ -127,20 +125,32 @@ class LabelTrie:
             ends: of each label's last token, given the path to its last node.
         """
         path = log_probs.copy()
-        for node in range(1, len(self)):
-            path[:, node] += path[:, self.parents[node]]
+        for depth in range(1, int(self.depths.max()) + 1):  # parents are complete before children
+            nodes = np.flatnonzero(self.depths == depth)
+            path[:, nodes] += path[:, self.parents[nodes]]
         return path[:, self.last_node] + ends
 
 
+def tokens_and_trie(
+    tokenizer: Any, chats: Sequence[Chat], labels: Sequence[str], *, max_tokens: int
+) -> tuple[LabelTrie, list[list[int]], list[str | None]]:
+    """What an engine reads: the labels' trie, each chat's tokens, and what was done to its text."""
+    trie = label_trie(tokenizer, tuple(labels), reply_form(chats))
+    room = max_tokens - int(trie.depths.max())
+    read = [chat_tokens(tokenizer, chat, max_tokens=room) for chat in chats]
+    return trie, [ids for ids, _ in read], [error for _, error in read]
+
+
 @lru_cache(maxsize=16)
-def label_trie(tokenizer: Any, labels: tuple[str, ...]) -> LabelTrie:
+def label_trie(tokenizer: Any, labels: tuple[str, ...], form: ReplyForm = ReplyForm()) -> LabelTrie:  # noqa: B008  # immutable
     """The trie of `labels` as replies, tokenized where a reply stands in the chat template.
 
-    A reply ends with the first control token that the template writes after it (the end of a turn,
-    which is not always the end-of-text token), or with end-of-text where it writes none. Where a
-    tokenizer joins a label with what stands before it, all labels are tokenized by themselves.
+    A reply ends with what closes its form; without a form with the first control token that the
+    template writes after it (the end of a turn, which is not always the end-of-text token), or with
+    end-of-text where it writes none. Where a tokenizer joins a label with what stands before it, all
+    labels are tokenized by themselves.
     """
-    start, lead, after = reply_surroundings(tokenizer)
+    start, lead, after = reply_surroundings(tokenizer, form)
     before = list(tokenizer(start, add_special_tokens=False).input_ids)
     replies = [lead + label + after for label in labels]
     joined = tokenizer([start + reply for reply in replies], add_special_tokens=False).input_ids
@@ -151,6 +161,9 @@ def label_trie(tokenizer: Any, labels: tuple[str, ...]) -> LabelTrie:
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     sequences = []
     for label, ids in zip(labels, tokens, strict=True):
+        if form.after is not None:
+            sequences.append(ids)
+            continue
         ends = [i for i, token in enumerate(ids) if token in control]
         if ends and ends[0] == 0:
             raise ValueError(f"label {label!r} has no tokens for this model; rename it")

@@ -1,23 +1,23 @@
 """A language model by vLLM, in process; the same code on a GPU and on the CPU build.
 
 Labels are read token by token: a request of one output token with `logprob_token_ids` gives the
-model's log-probabilities of exactly the trie's children, over the whole vocabulary. Each node of
-the trie is one request whose prompt is the row's prompt and the path to the node, so the prefix
-cache holds nearly all of it.
+model's log-probabilities of exactly the trie's children, over the whole vocabulary. A node of the
+trie is one request whose prompt is the row's prompt and the path to the node, so the prefix cache
+holds nearly all of it; nodes are read best-first, those of all rows together.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from llmlabel import models
-from llmlabel.engine import Reply, Scores, chat_seeds, refuse_many_processes
-from llmlabel.engine.labeltrie import LabelTrie, label_trie
+from llmlabel.engine import Reply, Scores, Usage, chat_seeds, refuse_many_processes
+from llmlabel.engine.bestfirst import BestFirst, read_in_rounds
+from llmlabel.engine.labeltrie import tokens_and_trie
 from llmlabel.prompt import Chat, chat_tokens
 
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MOST_IDS = 128  # vLLM refuses more `logprob_token_ids` in one request
 
 
@@ -33,11 +33,15 @@ class VLLMEngine:
         tensor_parallel_size: GPUs that share the model.
         gpu_memory_utilization: share of a GPU's memory for weights and cache.
         quantization: method of quantized weights, as vLLM names it.
+        adapter: folder of a LoRA adapter that answers in the model's place.
+        max_missing: reading of a row ends when the labels not read have together at most this share
+            of the label set's probability; what they have at most is reported.
+        max_nodes: inner nodes of the label trie that are read of a row at most.
         enforce_eager: skips the compilation of the model: a faster start, for tests and CPUs.
     """
 
     # No dict of further vLLM options: some of them run code of the model's or the recipe's maker.
-    def __init__(
+    def __init__(  # noqa: PLR0913  # vLLM's own options, by their names
         self,
         model: str | Path,
         *,
@@ -47,6 +51,9 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
         quantization: str | None = None,
+        adapter: Path | None = None,
+        max_missing: float = 1e-3,
+        max_nodes: int = 512,
         enforce_eager: bool = False,
     ) -> None:
         refuse_many_processes("VLLMEngine")
@@ -71,14 +78,24 @@ class VLLMEngine:
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             quantization=quantization,
+            enable_lora=adapter is not None,
+            max_lora_rank=_lora_rank(adapter),
             enforce_eager=enforce_eager,
         )
         self.tokenizer = self.llm.get_tokenizer()
         if self.tokenizer.chat_template is None:
             raise ValueError(f"model {model!r} has no chat template; use an instruction-tuned one")
+        self.usage, self.max_missing, self.max_nodes = Usage(), max_missing, max_nodes
+        self._adapter = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
         used = str(self.llm.model_config.dtype).removeprefix("torch.")
         known = models.model_sha(path, config)
-        self.name = f"vllm:{models.model_name(model)}@{known}:{used}:{self.max_tokens}"
+        if adapter is not None:
+            known += f"+{models.content_sha(adapter)[:8]}"
+        self.name = f"vllm:{models.model_name(model)}@{known}:{used}:{self.max_tokens}:{max_nodes}:{max_missing}"
 
     def generate(
         self,
@@ -113,46 +130,72 @@ class VLLMEngine:
             for out, (_, error) in zip(outputs, read, strict=True)
         ]
 
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
-        """Exact joint log-probability of each label as the whole reply."""
-        trie = label_trie(self.tokenizer, tuple(labels))
-        room = self.max_tokens - int(trie.depths.max())
-        read = [chat_tokens(self.tokenizer, chat, max_tokens=room) for chat in chats]
-        rows, errors = [ids for ids, _ in read], [error for _, error in read]
-        if not rows:
-            return Scores(np.zeros((0, len(labels))), errors)
-        return Scores(self._read(rows, trie), errors)
+    def score(
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        """Joint log-probability of each label as the whole reply; exact where it was read."""
+        trie, rows, errors = tokens_and_trie(
+            self.tokenizer, chats, labels, max_tokens=self.max_tokens
+        )
+        self.usage.prompt_tokens += sum(map(len, rows))
+        reading = BestFirst(
+            trie,
+            len(rows),
+            max_missing=self.max_missing,
+            max_reads=self.max_nodes,
+            candidates=candidates,
+        )
+        read_in_rounds(reading, rows, self._ask, most_ids=_MOST_IDS)
+        return Scores(reading.log_probs, errors, reading.unread)
 
-    def _read(self, rows: list[list[int]], trie: LabelTrie) -> Float[np.ndarray, "rows labels"]:
+    def _ask(self, prompts: list[list[int]], ids: list[list[int]]) -> list[dict[int, float]]:
+        """Log-probabilities of `ids` as the next token of each prompt."""
         from vllm import SamplingParams
 
-        children = trie.children()
-        # Nodes outside, rows inside: the first read of a row fills the cache for its other nodes.
-        prompts, params, reads = [], [], []
-        for node in range(len(trie)):
-            path = trie.path(node)
-            for start in range(0, len(children[node]), _MOST_IDS):
-                wanted = children[node][start : start + _MOST_IDS]
-                one = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=wanted)
-                for row, ids in enumerate(rows):
-                    prompts.append(ids + path)
-                    params.append(one)
-                    reads.append((row, node, wanted))
-        found: list[list[dict[int, float]]] = [[{} for _ in range(len(trie))] for _ in rows]
-        for (row, node, wanted), out in zip(reads, self._run(prompts, params), strict=True):
-            given = out.outputs[0].logprobs[0]
-            found[row][node].update({token: given[token].logprob for token in wanted})
-        parents, tokens = trie.parents.tolist(), trie.tokens.tolist()
-        steps = np.zeros((len(rows), len(trie)))
-        ends = np.zeros((len(rows), len(trie.last_node)))
-        for row, nodes in enumerate(found):
-            steps[row, 1:] = [nodes[parents[n]][tokens[n]] for n in range(1, len(trie))]
-            last = zip(trie.last_node.tolist(), trie.last_token.tolist(), strict=True)
-            ends[row] = [nodes[node][token] for node, token in last]
-        return trie.joint(steps, ends)
+        params = {
+            key: SamplingParams(
+                max_tokens=1, temperature=0.0, logprob_token_ids=list(key), detokenize=False
+            )
+            for key in set(map(tuple, ids))
+        }
+        outputs = self._run(prompts, [params[tuple(some)] for some in ids])
+        given = [out.outputs[0].logprobs[0] for out in outputs]
+        return [
+            {token: found[token].logprob for token in some}
+            for found, some in zip(given, ids, strict=True)
+        ]
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         from vllm import TokensPrompt
 
         given = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        return list(self.llm.generate(given, params, use_tqdm=False))
+        outputs = list(self.llm.generate(given, params, use_tqdm=False, lora_request=self._adapter))
+        self.usage.requests += len(outputs)
+        for out in outputs:
+            self.usage.computed_tokens += len(out.prompt_token_ids) - (out.num_cached_tokens or 0)
+            self.usage.output_tokens += len(out.outputs[0].token_ids)
+        return outputs
+
+
+def _lora_rank(adapter: Path | None) -> int:
+    """The smallest rank that vLLM has room for and the adapter fits in.
+
+    Raises:
+        ValueError: the folder is no LoRA adapter.
+    """
+    if adapter is None:
+        return _LORA_RANKS[0]
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"adapter {str(adapter)!r}: no adapter_config.json; give a PEFT folder")
+    rank = int(json.loads(file.read_text("utf-8"))["r"])
+    fitting = [room for room in _LORA_RANKS if room >= rank]
+    if not fitting:
+        raise ValueError(
+            f"adapter {str(adapter)!r} has rank {rank}; vLLM takes at most {_LORA_RANKS[-1]}"
+        )
+    return fitting[0]

@@ -13,9 +13,17 @@ from llmlabel.prompt import Chat
 class Counting(FakeEngine):
     asked = 0
 
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
+    def score(
+        self,
+        chats: Sequence[Chat],
+        labels: Sequence[str],
+        *,
+        candidates: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
         self.asked += len(chats)
-        return super().score(chats, labels)
+        scores = super().score(chats, labels, candidates=candidates)
+        unread = None if candidates is None else np.full(len(chats), 0.01)
+        return Scores(scores.log_probs, scores.errors, unread)
 
 
 def chat(text: str) -> Chat:
@@ -60,3 +68,20 @@ def test_no_rows_and_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "bad.sqlite").write_text("this is no database, but a text that is long enough")
     with pytest.raises(ValueError, match=r"bad\.sqlite.*delete the file"):
         CachedEngine(FakeEngine(), tmp_path / "bad.sqlite")
+
+
+def test_candidates_are_part_of_a_request_and_bounds_are_kept(tmp_path: Path) -> None:
+    engine = Counting()
+    cached = CachedEngine(engine, tmp_path / "replies.sqlite")
+    chats, labels = [chat("a"), chat("b")], ["x", "y", "z"]
+    first = cached.score(chats, labels, candidates=[[0, 2], [1]])
+    assert np.isfinite(first.log_probs).tolist() == [[True, False, True], [False, True, False]]
+    again = cached.score(chats, labels, candidates=[[0, 2], [1]])
+    assert engine.asked == 2
+    np.testing.assert_array_equal(again.log_probs, first.log_probs)
+    assert again.unread is not None
+    assert again.unread.tolist() == [0.01, 0.01]
+    cached.score(chats, labels, candidates=[[0, 2], [2]])
+    assert engine.asked == 3
+    assert cached.score(chats, labels).unread is None
+    cached.close()

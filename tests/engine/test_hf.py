@@ -6,7 +6,7 @@ from reference.scores import joint_log_prob
 
 from llmlabel.engine.hf import HFEngine
 from llmlabel.engine.labeltrie import label_trie
-from llmlabel.prompt import chat_tokens, render
+from llmlabel.prompt import Chat, chat_tokens, render
 
 LABELS = ["cat", "catfish", "cat and mat", "sports", "the", "on the mat, no?"]
 
@@ -33,16 +33,84 @@ def test_equals_one_pass_per_label(engine: HFEngine, seed: int) -> None:
             assert got[row, column] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("pass_tokens", "max_nodes"), [(1, 512), (300, 4), (100_000, 2)])
+@pytest.mark.parametrize("pass_tokens", [1, 300, 100_000])
 def test_budgets_do_not_change_scores(
-    engine: HFEngine, pass_tokens: int, max_nodes: int, monkeypatch: pytest.MonkeyPatch
+    engine: HFEngine, pass_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["the cat", "a mat " * 20, "business and sports"]
     chats = [render("label/direct", text=text, labels=LABELS) for text in texts]
     expected = engine.score(chats, LABELS).log_probs
     monkeypatch.setattr(engine, "pass_tokens", pass_tokens)
-    monkeypatch.setattr(engine, "max_nodes", max_nodes)
     np.testing.assert_allclose(engine.score(chats, LABELS).log_probs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_missing", [1e-3, 0.1])
+def test_a_large_trie_is_read_best_first_within_its_bound(
+    engine: HFEngine, max_missing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the cat", "a mat " * 20, "business and sports", "the cat sat"]
+    chats = [render("label/direct", text=text, labels=LABELS) for text in texts]
+    expected = engine.score(chats, LABELS)
+    assert expected.unread is None
+    # One node less than there are: read best-first.
+    monkeypatch.setattr(engine, "max_nodes", len(label_trie(engine.tokenizer, tuple(LABELS))) - 1)
+    monkeypatch.setattr(engine, "max_missing", max_missing)
+    got = engine.score(chats, LABELS)
+    was_read = np.isfinite(got.log_probs)
+    assert was_read.any(axis=1).all()
+    np.testing.assert_allclose(got.log_probs[was_read], expected.log_probs[was_read], atol=1e-4)
+    lost = np.where(was_read, 0.0, np.exp(expected.log_probs)).sum(axis=1)
+    assert got.unread is not None
+    assert (lost <= got.unread * (1 + 1e-4)).all()
+    assert (got.unread <= max_missing * (got.label_mass + got.unread) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("max_nodes", [512, 14])
+def test_candidates_are_read_as_among_all_labels(
+    engine: HFEngine, max_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = [render("label/direct", text=text, labels=LABELS) for text in ("the cat", "a mat")]
+    expected = engine.score(chats, LABELS).log_probs
+    monkeypatch.setattr(engine, "max_nodes", max_nodes)
+    monkeypatch.setattr(engine, "max_missing", 0.0)
+    candidates = [[1, 2, 4], [5]]
+    got = engine.score(chats, LABELS, candidates=candidates)
+    for row, some in enumerate(candidates):
+        assert np.flatnonzero(np.isfinite(got.log_probs[row])).tolist() == some
+        np.testing.assert_allclose(got.log_probs[row, some], expected[row, some], atol=1e-4)
+
+
+def test_chats_of_one_text_share_its_tokens(engine: HFEngine) -> None:
+    texts = ["the cat sat on the mat and on the mat " * 3, "sports and business " * 4]
+    chats = [
+        render("label/applies", text=text, labels=LABELS, label=label)
+        for text in texts
+        for label in LABELS
+    ]
+    before = engine.usage.computed_tokens
+    together = engine.score(chats, ["yes", "no"]).log_probs
+    used = engine.usage.computed_tokens - before
+    alone = [engine.score([chat], ["yes", "no"]).log_probs[0] for chat in chats]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    whole = sum(len(chat_tokens(engine.tokenizer, c, max_tokens=500)[0]) for c in chats)
+    assert used < 0.4 * whole
+
+
+def test_a_begun_reply_is_read_on(engine: HFEngine) -> None:
+    begun: Chat = [
+        {"role": "user", "content": "the cat sat"},
+        {"role": "assistant", "content": 'The label is "', "after": '"'},
+    ]
+    got = engine.score([begun, begun], LABELS).log_probs
+    start = "<|im_start|>user\nthe cat sat<|im_end|>\n<|im_start|>assistant\n" + 'The label is "'
+    prompt = engine.tokenizer(start).input_ids
+    for column, label in enumerate(LABELS):
+        reply = engine.tokenizer(start + label + '"').input_ids[len(prompt) :]
+        expected = joint_log_prob(engine.model, prompt, reply)
+        assert got[1, column] == pytest.approx(expected, abs=1e-4)
+    plain: Chat = [{"role": "user", "content": "the cat sat"}]
+    with pytest.raises(ValueError, match="begin their replies in different ways"):
+        engine.score([begun, plain], LABELS)
 
 
 def test_identical_chats(engine: HFEngine) -> None:

@@ -12,9 +12,12 @@ def test_shared_prefixes_are_one_node() -> None:
     assert trie.parents.tolist() == [0, 0, 1, 2, 0, 1]
     assert trie.depths.tolist() == [0, 1, 2, 3, 1, 2]
     assert trie.last_node.tolist() == [1, 2, 3, 4, 5]
-    assert trie.children() == [[5, 8], [6, 7, 9], [7, 9], [9], [9], [9]]
+    assert trie.children == [[5, 8], [6, 7, 9], [7, 9], [9], [9], [9]]
     assert trie.path(3) == [5, 6, 7]
-    assert np.flatnonzero(trie.ancestors()[3]).tolist() == [0, 1, 2, 3]
+    root = trie.edges(0)
+    assert (root.nodes, root.node_at, root.labels) == ([1, 4], [0, 1], [])
+    inner = trie.edges(1)
+    assert (inner.nodes, inner.node_at, inner.labels, inner.label_at) == ([2, 5], [0, 1], [0], [2])
 
 
 def test_joint_is_the_sum_down_the_path() -> None:
@@ -28,21 +31,17 @@ def test_joint_is_the_sum_down_the_path() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_parts_cover_all_labels_within_the_budget(seed: int) -> None:
+def test_a_subset_holds_the_same_paths(seed: int) -> None:
     rng = np.random.default_rng(seed)
     unique = {tuple(rng.integers(3, 6, rng.integers(1, 5)).tolist()) for _ in range(60)}
     sequences = [[*s, 9] for s in sorted(unique)]
-    trie = LabelTrie.of(sequences)
-    assert trie.parts(10_000)[0][1] is trie
-    parts = trie.parts(8)
-    columns = np.concatenate([c for c, _ in parts])
-    assert sorted(columns.tolist()) == list(range(len(sequences)))
-    for some, part in parts:
-        assert len(part) <= 8
-        for label, (node, token) in zip(
-            some, zip(part.last_node, part.last_token, strict=True), strict=True
-        ):
-            assert [*part.path(int(node)), int(token)] == sequences[label]
+    some = rng.permutation(len(sequences))[:7].tolist()
+    part = LabelTrie.of(sequences).subset(some)
+    for label, node, token in zip(some, part.last_node, part.last_token, strict=True):
+        assert [*part.path(int(node)), int(token)] == sequences[label]
+    assert len(part) == 1 + len(
+        {tuple(sequences[i][: n + 1]) for i in some for n in range(len(sequences[i]) - 1)}
+    )
 
 
 def test_ten_thousand_labels() -> None:
@@ -50,7 +49,7 @@ def test_ten_thousand_labels() -> None:
     unique = {tuple(rng.integers(0, 30, 4).tolist()) for _ in range(10_500)}
     sequences = [[*s, 99] for s in sorted(unique)][:10_000]
     trie = LabelTrie.of(sequences)
-    assert max(len(c) for c in trie.children()) <= 31
+    assert max(len(c) for c in trie.children) <= 31
     assert len(trie.last_node) == 10_000
 
 
