@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
-from datasets.table import InMemoryTable
 from jaxtyping import Bool, Int
 
 from llmlabel.files import (
     arrow_table,
     commit,
+    even_chunks,
+    in_memory,
     known_encodings,
     read_parquet_table,
     read_table,
@@ -39,6 +40,10 @@ COLUMNS: dict[str, str] = {
     "label_probs": "list<float32>: their probabilities; what is missing to 1 is unknown",
     "label_mass": "float32: probability that the model answered inside the label set",
     "label_space": "string: fingerprint of the LabelSpace that label_ids refers to",
+    "candidates": "list<int32>: positions of the labels that may be answered, nearest first; null = all",
+    "demonstrations": "list<struct<text, label>>: shown before the row's text, each with its true label",
+    "match": "float32 or null: probability that a judge finds the candidate to match the query",
+    "match_mass": "float32: probability that the judge answered yes or no",
     "votes": "list<struct<source, label_id, prob>>: engines, prompts, samples or people",
     "reply": "string or null: what the model said",
     "error": "string or null: why the row could not be read, or what was done to its text",
@@ -54,6 +59,7 @@ _READABLE = {
     "float32": r"u?int\d+|float|double|halffloat",
     "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
     "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
+    "list<struct<text, label>>": r"\w*list<[^:]+: (struct<(text|label): .*|null\b.*)",
     "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
 }
 """Types of `COLUMNS` -> the Arrow types, as text, whose values can be read as that."""
@@ -67,6 +73,9 @@ _ADDED_BY = {
         "a labeler such as llmlabel.label.direct.label_direct adds it",
     ),
     "label_mass": "llmlabel.label.direct.label_direct adds it",
+    "candidates": "llmlabel.label.shortlist.shortlist adds it",
+    "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
+    **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
 }
@@ -115,13 +124,13 @@ def load(
             table = _placed(table, "gold", _golds(table, gold, labels), source=gold)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Dataset(InMemoryTable(table))
+    return in_memory(table)
 
 
 def read_parquet(path: Path) -> Dataset:
     """The dataset that `save` wrote to a .parquet file, without the cache of `datasets`."""
     try:
-        return Dataset(InMemoryTable(read_parquet_table(path)))
+        return in_memory(read_parquet_table(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -255,7 +264,7 @@ def with_columns(dataset: Dataset, columns: dict[str, tuple[Any, Any]]) -> Datas
             table = table.set_column(table.column_names.index(name), field, column)
         else:
             table = table.append_column(field, column)
-    return Dataset(InMemoryTable(table.replace_schema_metadata(schema.metadata)))
+    return in_memory(table.replace_schema_metadata(schema.metadata))
 
 
 def with_gold(dataset: Dataset) -> Dataset:
@@ -358,7 +367,7 @@ def part(dataset: Dataset, *, split: str | list[str]) -> Dataset:
         if name not in counts:
             raise ValueError(f"there is no split {name!r}; the splits and rows are {dict(counts)}")
     rows = [row for row, name in enumerate(splits) if name in wanted]
-    return Dataset(InMemoryTable(arrow_table(dataset.select(rows))))
+    return in_memory(arrow_table(dataset.select(rows)))
 
 
 def join(left: Dataset, right: Dataset, *, columns: list[str]) -> Dataset:
@@ -392,7 +401,7 @@ def save(dataset: Dataset, output: Path) -> Path:
     """
     match output.suffix.lower():
         case ".parquet":
-            table = arrow_table(dataset)  # its chunks, so the file's pages, depend on rows alone
+            table = even_chunks(arrow_table(dataset))  # so that the pages depend on rows alone
             commit(output, lambda temporary: pq.write_table(table, temporary))
         case ".jsonl" | ".ndjson" | ".csv" | ".tsv":
             commit(output, lambda temporary: write_rows(dataset, temporary))

@@ -285,7 +285,8 @@ def _is_file(parameter: inspect.Parameter) -> bool:
 def _check_exists(scope: _Scope, where: str, name: str, value: Any, files: set[str]) -> None:
     top = value.value if isinstance(value, Ref) else value
     for leaf in _leaves(value):
-        if not isinstance(leaf, Path) and not (isinstance(leaf, str) and leaf is top):
+        is_named = isinstance(leaf, str) and (leaf is top or name == "prompt")
+        if not isinstance(leaf, Path) and not is_named:
             continue
         if name == "prompt":
             from llmlabel.prompt import find_prompt

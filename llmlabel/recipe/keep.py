@@ -86,10 +86,11 @@ def fingerprint(value: Any, known: dict[str, str]) -> tuple[str, dict[str, str]]
     arguments = {}
     for name, argument in {**value.defaults, **value.arguments}.items():
         text = argument.value if isinstance(argument, Ref) else argument
-        if name == "prompt" and isinstance(text, str | Path):
+        each = text if isinstance(text, list) else [text]
+        if name == "prompt" and all(isinstance(one, str | Path) for one in each):
             from llmlabel.prompt import prompt_sha
 
-            arguments[name] = _sha(["prompt", prompt_sha(text)])
+            arguments[name] = _sha(["prompt", *map(prompt_sha, each)])
         else:
             # A string in a list is no path, except where the annotation made a Path of it
             files = (str, Path) if name in value.files else ()
