@@ -11,14 +11,17 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
 
 from llmlabel.models import fetch, local_path
 
@@ -264,6 +267,24 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
     _fsync(path.parent)
 
 
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process works in a folder at a time; the system frees the lock of a killed one.
+
+    Raises:
+        RuntimeError: Another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"another process is working in {folder}; wait for it, or give another output folder"
+        ) from None
+    with held:
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Commits a text file that ends with a line end."""
     commit(path, lambda temporary: temporary.write_text(text.rstrip("\n") + "\n", "utf-8"))
@@ -297,14 +318,35 @@ def _keeps_line_ends(encoding: str) -> bool:
 
 
 def arrow_table(dataset: Dataset) -> pa.Table:
-    """The rows of a dataset in their order; after a select, `dataset.data` holds the old ones."""
-    # In blocks: gathering selected rows costs one slice a row, too much memory for all at once.
-    blocks = dataset.with_format("arrow").iter(batch_size=10_000)
-    tables = [block.combine_chunks() for block in blocks]
+    """The rows of a dataset in their order; after a select, `dataset.data` holds the old ones.
+
+    Where nothing was selected no row is copied, so that a table on the disk stays there.
+    """
+    if dataset._indices is None:
+        tables = [dataset.data.table]
+    else:
+        # In blocks: gathering selected rows costs one slice a row, too much memory for all at once.
+        blocks = dataset.with_format("arrow").iter(batch_size=10_000)
+        tables = [block.combine_chunks() for block in blocks]
     schema = dataset.features.arrow_schema
     return pa.concat_tables([schema.empty_table(), *tables]).replace_schema_metadata(
         schema.metadata
     )
+
+
+def in_memory(table: pa.Table) -> Dataset:
+    """A dataset of a table.
+
+    Its fingerprint is random: one by content would pickle all rows, for a cache of files that
+    datasets in memory do not have.
+    """
+    return Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
+
+
+def even_chunks(table: pa.Table) -> pa.Table:
+    """The same rows in chunks that say nothing of how the table was made."""
+    starts = range(0, max(len(table), 1), 10_000)
+    return pa.concat_tables([table.slice(start, 10_000).combine_chunks() for start in starts])
 
 
 def write_rows(dataset: Dataset, path: Path) -> None:

@@ -17,6 +17,8 @@ HEAVY = (
     "sentence_transformers",
     "matplotlib",
     "sklearn",
+    "ray",
+    "openai",
 )
 LAYERS = (
     "strictyaml files data blocks models labelspace softlabels prompt metrics progress",

@@ -22,8 +22,8 @@ from llmlabel.data import (
     with_columns,
     with_gold,
 )
-from llmlabel.label.embedding import Encoder
-from llmlabel.label.shortlist import candidate_lists, encoder_name, top_k, unit_vectors
+from llmlabel.label.embedding import Encoder, encoder_name, unit_vectors
+from llmlabel.label.shortlist import candidate_lists, top_k
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 

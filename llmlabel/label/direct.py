@@ -98,13 +98,18 @@ def label_direct(  # noqa: PLR0913  # each is one plain choice about how the mod
             block, labels, sources, said, errors, engine=engine.name, min_mass=min_mass
         )
 
-    ways = [(one.name, one.sha, one.order) for one in sources]
-    asked = [engine.name, ways, labels.fingerprint, shown, window_words, min_mass]
     return map_blocks(
         dataset,
         compute,
         columns=LABEL_COLUMNS if len(sources) == 1 else (*LABEL_COLUMNS, "votes"),
-        key=json.dumps(["label_direct", *asked]),
+        key={
+            "engine": engine.name,
+            "prompts": {one.name: one.sha for one in sources},
+            "labels": labels,
+            "demonstrations": shown,
+            "window_words": window_words,
+            "min_mass": min_mass,
+        },
         reads=per_row,
         block_rows=block_rows,
         output=output,

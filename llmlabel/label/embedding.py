@@ -51,25 +51,19 @@ def label_embedding(
         output: folder that keeps finished blocks; the same call continues there.
     """
     require_columns(dataset, "id", "text")
-    if isinstance(encoder, str | Path):
-        path = models.fetch(encoder)
-        name = f"encoder:{models.model_name(encoder)}@{models.model_sha(path)}"
-    else:  # nothing but its vectors tells one encoder from another
-        vectors = _encode(encoder, labels.texts()).astype(np.float32)
-        digest = hashlib.sha256(vectors.round(4).tobytes()).hexdigest()[:8]
-        name = f"encoder:{type(encoder).__name__}@{digest}"
+    name = encoder_name(encoder, labels.texts())
     loaded: list[tuple[Encoder, Float[np.ndarray, "labels width"]]] = []
 
     def compute(block: Dataset) -> Dataset:
         if not loaded:  # not before a block has to be computed
             ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
-            loaded.append((ready, _encode(ready, labels.texts())))
+            loaded.append((ready, unit_vectors(ready, labels.texts())))
         ready, anchors = loaded[0]
         texts = block["text"][:]
         readable = [i for i, text in enumerate(texts) if text.strip()]
         probs = np.zeros((len(block), len(labels)))
         if readable:
-            cosines = _encode(ready, [texts[i] for i in readable]) @ anchors.T
+            cosines = unit_vectors(ready, [texts[i] for i in readable]) @ anchors.T
             probs[readable] = _probabilities(scale * cosines, multilabel=labels.multilabel)
         cut = _cut(ready, texts)
         errors = [cut[i] if text.strip() else "empty text" for i, text in enumerate(texts)]
@@ -95,11 +89,21 @@ def label_embedding(
     )
 
 
-def _encode(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
+def unit_vectors(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
+    """One vector of length 1 per text."""
     vectors = encoder.encode(
         list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
     return np.asarray(vectors, dtype=np.float64)
+
+
+def encoder_name(encoder: str | Path | Encoder, probe: Sequence[str]) -> str:
+    """What tells one encoder from another: its files, or else its vectors of the `probe` texts."""
+    if isinstance(encoder, str | Path):
+        return f"encoder:{models.model_name(encoder)}@{models.model_sha(models.fetch(encoder))}"
+    vectors = unit_vectors(encoder, probe).astype(np.float32)
+    digest = hashlib.sha256(vectors.round(4).tobytes()).hexdigest()[:8]
+    return f"encoder:{type(encoder).__name__}@{digest}"
 
 
 def _probabilities(

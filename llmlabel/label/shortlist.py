@@ -1,8 +1,6 @@
 """The few labels that an encoder finds nearest to a row, where more exist than fit a prompt."""
 
-import hashlib
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from jaxtyping import Float
 from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import gold_matrix, require_columns, with_columns
-from llmlabel.label.embedding import Encoder
+from llmlabel.label.embedding import Encoder, encoder_name, unit_vectors
 from llmlabel.labelspace import LabelSpace
 
 _RECALL_AT = (1, 5, 10, 20, 50, 100)
@@ -123,23 +121,6 @@ def candidate_lists(dataset: Dataset, labels: LabelSpace) -> list[list[int]] | N
 
 
 # ------------------------------------------------------------------------- nearest by an encoder
-
-
-def unit_vectors(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
-    """One vector of length 1 per text."""
-    vectors = encoder.encode(
-        list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-    )
-    return np.asarray(vectors, dtype=np.float64)
-
-
-def encoder_name(encoder: str | Path | Encoder, probe: Sequence[str]) -> str:
-    """What tells one encoder from another: its files, or else its vectors of the `probe` texts."""
-    if isinstance(encoder, str | Path):
-        return f"encoder:{models.model_name(encoder)}@{models.model_sha(models.fetch(encoder))}"
-    vectors = unit_vectors(encoder, probe).astype(np.float32)
-    digest = hashlib.sha256(vectors.round(4).tobytes()).hexdigest()[:8]
-    return f"encoder:{type(encoder).__name__}@{digest}"
 
 
 def top_k(scores: Float[np.ndarray, "rows columns"], k: int) -> list[list[int]]:

@@ -199,8 +199,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Before a variable is computed again: a run that is killed half way has not kept it."""
-    (folder / "kept.json").unlink(missing_ok=True)
+    """Before a variable is computed again: a run that is killed half way has not kept it.
+
+    A step that was finished may be followed by another call, so that the notes of whose blocks there
+    are go first; one that was not may only be continued (see `llmlabel.blocks`).
+    """
+    if (kept := folder / "kept.json").is_file():
+        for note in folder.rglob("blocks/*.json"):
+            note.unlink()
+        kept.unlink()
 
 
 def keep(

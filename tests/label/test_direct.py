@@ -98,9 +98,9 @@ def test_each_block_is_committed_and_not_computed_again(labels: LabelSpace, tmp_
     two = label_direct(table(["a", "b", "c", "d"]), second, labels, block_rows=2, output=tmp_path)
     assert [c[-1]["content"] for c in second.asked] == ["Text: c\nLabel:", "Text: d\nLabel:"]
     assert two["label_probs"][:2] == one["label_probs"][:2]
-    third = Known(rows)
-    label_direct(table(["a"]), third, load_labels(["bug", "x", "praise"]), output=tmp_path)
-    assert len(third.asked) == 1  # another label space: other blocks
+    others = load_labels(["bug", "x", "praise"])
+    with pytest.raises(ValueError, match=r"label space has changed \(added: 'x'; gone: 'q'\)"):
+        label_direct(table(["a"]), Known(rows), others, output=tmp_path)
 
 
 def test_demonstrations_are_turns_before_the_text(labels: LabelSpace) -> None:
@@ -329,7 +329,9 @@ def test_rows_below_min_mass_get_no_label_and_say_so(labels: LabelSpace) -> None
 def test_abstention_is_part_of_the_key(labels: LabelSpace, tmp_path: Path) -> None:
     low = [list(np.log([0.01, 0.005, 0.005]))]
     kept = label_direct(table(["x"]), Known(low), labels, output=tmp_path)
-    left = label_direct(table(["x"]), Known(low), labels, output=tmp_path, min_mass=0.5)
+    with pytest.raises(ValueError, match=r"min_mass was 0\.0 and is 0\.5"):
+        label_direct(table(["x"]), Known(low), labels, output=tmp_path, min_mass=0.5)
+    left = label_direct(table(["x"]), Known(low), labels, output=tmp_path / "2", min_mass=0.5)
     assert (kept["label_ids"][0], left["label_ids"][0]) == ([0, 1, 2], [])
     assert left["error"][0] == "label mass 0.02 is below min_mass=0.5"
 

@@ -102,14 +102,16 @@ def test_orders_have_blocks_and_hashes_of_their_own(labels: LabelSpace, tmp_path
     shas = set()
     for orders in (1, 2, 3):
         engine = FirstListed()
-        got = label_direct(rows("x"), engine, labels, orders=orders, output=tmp_path)
+        got = label_direct(rows("x"), engine, labels, orders=orders, output=tmp_path / str(orders))
         assert len(engine.calls) == orders
         shas.add(got["prompt_sha"][0])
         again = FirstListed()
-        kept = label_direct(rows("x"), again, labels, orders=orders, output=tmp_path)
+        kept = label_direct(rows("x"), again, labels, orders=orders, output=tmp_path / str(orders))
         assert again.calls == []
         assert kept[0] == got[0]
     assert len(shas) == 3
+    with pytest.raises(ValueError, match="begun by another call: .*orders"):
+        label_direct(rows("x"), FirstListed(), labels, orders=1, output=tmp_path / "2")
     with pytest.raises(ValueError, match="orders"):
         label_direct(rows("x"), FirstListed(), labels, orders=7)  # 3 labels have 6
 

@@ -127,7 +127,11 @@ def test_windows_have_blocks_of_their_own(tmp_path: Path) -> None:
     labels = load_labels(["bug", "praise"])
     answers = {"a": [0.2, 0.2], "b": [0.6, 0.2]}
     one = label_direct(rows(["a b"]), ByText(answers), labels, output=tmp_path)
-    two = label_direct(rows(["a b"]), ByText(answers), labels, output=tmp_path, window_words=1)
+    with pytest.raises(ValueError, match="window_words was None and is 1"):
+        label_direct(rows(["a b"]), ByText(answers), labels, output=tmp_path, window_words=1)
+    two = label_direct(
+        rows(["a b"]), ByText(answers), labels, output=tmp_path / "2", window_words=1
+    )
     assert one["label_probs"][0] == pytest.approx([0.5, 0.5])
     assert two["label_probs"][0] == pytest.approx([0.625, 0.375])
     with pytest.raises(ValueError, match="window_words must be at least 1; got 0"):
