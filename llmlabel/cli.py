@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from llmlabel.recipe import Recipe, Results
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmlabel.recipe import PlannedStep, Recipe, Results
 
 _VERBS = ("label", "train", "calibrate", "report")
+_SHOWN = 400  # characters of a turn's start and of its end in a plan
 _INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 app = typer.Typer(
@@ -43,6 +47,10 @@ _Allow = Annotated[
     typer.Option(help="A package besides llmlabel that the recipe may call.", show_default=False),
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Compute everything again.")]
+_Plan = Annotated[
+    bool,
+    typer.Option("--plan", help="Show what the engines would be asked and its price; run nothing."),
+]
 
 
 def main() -> None:
@@ -77,9 +85,13 @@ def run(
     allow: _Allow = None,
     *,
     force: _Force = False,
+    plan: _Plan = False,
 ) -> None:
     """Runs a recipe; the same command again continues where it stopped."""
-    _run(recipe, overrides or [], output, allow or [], force=force)
+    if plan:
+        _show_plan(recipe, overrides or [], output, allow or [])
+    else:
+        _run(recipe, overrides or [], output, allow or [], force=force)
 
 
 @app.command()
@@ -115,8 +127,9 @@ def _verb(name: str) -> Callable[..., None]:
         allow: _Allow = None,
         *,
         force: _Force = False,
+        plan: _Plan = False,
     ) -> None:
-        _run(name, overrides or [], output, allow or [], force=force)
+        run(name, overrides, output, allow, force=force, plan=plan)
 
     verb.__doc__ = f"Runs the shipped recipe {name}.yaml; `llmlabel python {name}` prints it."
     return verb
@@ -136,6 +149,53 @@ def _run(recipe: str, overrides: list[str], output: Path, allow: list[str], *, f
         results = run_recipe(loaded, output=output, allow=allow, force=force)
         if os.environ.get("RANK", "0") == "0":
             _show(loaded, results, output / loaded.name)
+
+
+def _show_plan(recipe: str, overrides: list[str], output: Path, allow: list[str]) -> None:
+    """What each step would ask, and how its first prompt reads."""
+    with _errors_in_one_line():
+        from llmlabel.recipe import plan
+
+        loaded = _load(recipe, overrides, allow)
+        steps = plan(loaded, output=output, allow=allow)
+        columns = ("step", "rows", "engine", "chats", "prompts", "prompt tokens", "output tokens")
+        table = _table(*columns, "cost", title=loaded.path.name)
+        for step in steps:
+            if step.is_kept or step.problem:
+                table.add_row(step.name, "", "kept" if step.is_kept else "not planned")
+            for engine, asked, cost in step.asked:
+                about = "" if asked.is_exact else "about "
+                table.add_row(
+                    step.name,
+                    "" if step.rows is None else f"{step.rows:,}",
+                    engine,
+                    f"{asked.chats:,}",
+                    f"{asked.requests:,}",
+                    f"{about}{asked.prompt_tokens:,.0f}",
+                    f"at most {asked.output_tokens:,}",
+                    "" if cost is None else f"{about}{cost:.2g}",
+                )
+        _console().print(table)
+        for step in steps:
+            _show_planned(step)
+        typer.echo("nothing was asked and nothing was written")
+
+
+def _show_planned(step: "PlannedStep") -> None:
+    if step.problem:
+        typer.echo(f"{step.name}: not planned: {step.problem}")
+    if step.finished_blocks:
+        typer.echo(
+            f"{step.name}: {step.finished_blocks} finished blocks are kept; those of this very call "
+            "are not asked again"
+        )
+    for _, asked, _ in step.asked:
+        typer.echo(f"{step.name}: the first prompt")
+        for turn in asked.first or []:
+            shown = turn["content"]
+            if len(shown) > 2 * _SHOWN:
+                shown = f"{shown[:_SHOWN]} [...] {shown[-_SHOWN:]}"
+            typer.echo(f"  {turn['role']}: " + shown.replace("\n", "\n    "))
 
 
 def _load(recipe: str, overrides: list[str], allow: list[str]) -> "Recipe":
@@ -186,15 +246,11 @@ def _quiet() -> None:
 
 def _show(recipe: "Recipe", results: "Results", folder: Path) -> None:
     """The variables of a run, and the numbers of every result that has a `summary`."""
-    from rich.console import Console
-    from rich.table import Table
-
     from llmlabel.recipe.keep import read_json
 
-    width = None if sys.stdout.isatty() else 160  # a log has no width of its own
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    console = _console()
+    table = _table("variable", "state", "seconds", "where", title=recipe.path.name)
     notes: dict[str, Any] = (read_json(folder / "run.json") or {})["variables"]
-    table = Table("variable", "state", "seconds", "where", title=recipe.path.name)
     for name, note in notes.items():
         if note["state"] in ("kept", "computed"):
             seconds = f"{note['seconds']:.1f}" if "seconds" in note else ""
@@ -204,8 +260,30 @@ def _show(recipe: "Recipe", results: "Results", folder: Path) -> None:
     for name, note in notes.items():
         value = results[name] if note.get("kind") == "json" else None
         if isinstance(value, dict) and isinstance(value.get("summary"), dict):
-            summary = Table(name, "")
+            summary = _table(name, "")
             for key, number in value["summary"].items():
                 shown = f"{number:.4g}" if isinstance(number, float) else str(number)
                 summary.add_row(str(key), shown)
             console.print(summary)
+    for name, note in notes.items():
+        if note["state"] == "built" and (used := note.get("usage")):
+            computed = used["computed_tokens"]
+            own = f" ({computed:,} computed)" if computed else ""
+            cost = "" if used["cost"] is None else f", cost {used['cost']:.4g}"
+            typer.echo(
+                f"{name}: {used['requests']:,} requests, {used['prompt_tokens']:,} prompt tokens{own}, "
+                f"{used['output_tokens']:,} output tokens{cost}"
+            )
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160  # a log has no width of its own
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def _table(*columns: str, title: str | None = None) -> "Table":
+    from rich.table import Table
+
+    return Table(*columns, title=title)

@@ -33,6 +33,23 @@ def bug() -> int:
 def refuse(value: int) -> int:
     raise ValueError(f"value {value} is too small; give more\\nsecond line")
 
+class Meter:
+    # Stands for an engine that counts.
+    cost = 0.125
+    def __init__(self, computed: int = 0):
+        from llmlabel.engine import Usage
+        self.usage = Usage(computed_tokens=computed)
+
+def ask(engine: Meter) -> int:
+    engine.usage.requests += 1200
+    engine.usage.prompt_tokens += 34567
+    engine.usage.output_tokens += 1200
+    return 1
+
+def ask_and_fail(engine: Meter, answer: int) -> int:
+    engine.usage.requests += 1
+    raise ValueError("too much")
+
 def slow(seconds: float) -> int:
     print("started", flush=True)
     time.sleep(seconds)
@@ -131,6 +148,66 @@ def test_python_prints_the_program(shop: Path) -> None:
     assert done.exit_code == 0, done.output
     assert '    labels = load_labels(source=["bug", "praise"])\n' in done.stdout
     assert done.stdout.endswith("    main()\n")
+
+
+METER = "engine: {call: shop.steps.Meter}\n"
+ASK = METER + 'x: {call: shop.steps.ask, engine: "${engine}"}\n'
+
+
+def test_what_an_engine_was_asked_and_its_price_are_printed_and_kept(shop: Path) -> None:
+    done = llmlabel("run", write(ASK), "--allow", "shop")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith(
+        "\nengine: 1,200 requests, 34,567 prompt tokens, 1,200 output tokens, cost 0.125\n"
+    )
+
+    def usage() -> dict[str, float]:
+        return json.loads(Path("runs/small/run.json").read_text())["variables"]["engine"]["usage"]
+
+    spent = {"requests": 1200, "prompt_tokens": 34567, "computed_tokens": 0}
+    assert usage() == {**spent, "output_tokens": 1200, "cost": 0.125}
+    again = llmlabel("run", "small.yaml", "--allow", "shop")
+    assert "requests" not in again.stdout  # nothing was asked
+    assert usage()["requests"] == 1200
+    failing = ASK + 'y: {call: shop.steps.ask_and_fail, engine: "${engine}", answer: "${x}"}\n'
+    told = llmlabel("run", write(failing), "engine.computed=7", "--allow", "shop")
+    assert told.exit_code == 2
+    assert usage() == {**spent, "requests": 1201, "computed_tokens": 7} | {
+        "output_tokens": 1200,
+        "cost": 0.125,
+    }
+
+
+def test_a_plan_shows_what_would_be_asked_and_writes_nothing(shop: Path) -> None:
+    (shop / "texts.csv").write_text("text\n" + "a cat\n" * 12 + f"{'long ' * 400}\n")
+    recipe = write(
+        LABELS
+        + "texts: {call: llmlabel.data.load, path: texts.csv}\n"
+        + "engine: {call: llmlabel.engine.openai.OpenAIEngine, base_url: 'http://127.0.0.1:1/v1', "
+        + "model: small, reading: codes, input_price: 1.0}\n"
+        + "raw: {call: llmlabel.label.direct.label_direct, dataset: '${texts}', "
+        + "engine: '${engine}', labels: '${labels}'}\n"
+    )
+    before = sorted(shop.rglob("*"))
+    done = llmlabel("run", recipe, "--plan")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("│ raw")]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[:5] == ["raw", "13", "OpenAIEngine small", "13", "26"]
+    assert cells[5].startswith("about ")
+    assert cells[6] == "at most 26"
+    assert float(cells[7].removeprefix("about ")) == pytest.approx(
+        float(cells[5].removeprefix("about ").replace(",", "")) / 1e6, rel=0.05
+    )
+    assert (
+        "\nraw: the first prompt\n  system: Read the user's text and name its label.\n"
+        in done.stdout
+    )
+    assert done.stdout.endswith("\nnothing was asked and nothing was written\n")
+    assert [path for path in sorted(shop.rglob("*")) if "__pycache__" not in str(path)] == before
+    wrong = llmlabel("run", recipe, "--plan", "raw.min_mass=3")
+    assert "raw: not planned: raw: min_mass is a probability" in wrong.stdout
+    assert llmlabel("run", recipe, "--plan", "raw.order=0").exit_code == 2
 
 
 @pytest.mark.parametrize("verb", ["label", "train", "calibrate", "report"])

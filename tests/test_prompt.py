@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmlabel.engine.codes import code_chat
 from llmlabel.prompt import (
     chat_tokens,
     control_tokens,
@@ -36,11 +37,18 @@ def test_quoted_prompt(golden: Callable[[str], Any]) -> None:
     assert chat == golden("prompts/label/quoted.json")
 
 
+@pytest.mark.parametrize("prompt", ["label/direct", "label/quoted"])
+def test_codes_prompt(golden: Callable[[str], Any], prompt: str) -> None:
+    shown = [{"text": "Great!", "label": "praise"}]
+    chat = render(prompt, text="It crashed.", labels=["bug", "praise"], demonstrations=shown)
+    assert code_chat(chat, ["praise", "bug"]) == golden("prompts/engine/codes.json")
+
+
 def test_a_reply_block_needs_something_that_closes_it(tmp_path: Path) -> None:
     file = tmp_path / "open.jinja"
     user = "{% block user %}{{ text }}{% endblock %}"
     file.write_text(user + "{% block reply %}Label: {{ answer }}{% endblock %}")
-    with pytest.raises(ValueError, match="its reply block does not show .* that closes it"):
+    with pytest.raises(ValueError, match=r"its reply block does not show .* that closes it"):
         render(file, text="x", labels=LABELS)
 
 

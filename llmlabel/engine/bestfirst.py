@@ -5,12 +5,17 @@ nodes not yet read have together less than a stated share of the label set's pro
 returned as a bound, never hidden.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from llmlabel.engine.labeltrie import LabelTrie
+
+MOST_IDS = 128  # vLLM refuses more `logprob_token_ids` in one request
+_WALK_IDS = 64  # more are much to answer at every position that is written
 
 
 class BestFirst:
@@ -63,7 +68,7 @@ class BestFirst:
         These are all open nodes but the least probable ones that may stay unread together.
         """
         for row in range(len(self._open)) if rows is None else rows:
-            nodes, most = self._open[row], min(self._most, self._left[row])
+            nodes, most = self._open[row], max(0, min(self._most, self._left[row]))
             if not nodes or not most:
                 continue
             ids = np.fromiter(nodes, dtype=np.int64, count=len(nodes))
@@ -94,6 +99,23 @@ class BestFirst:
                 self.log_probs[row, label] = joint
                 self._found[row] = np.logaddexp(self._found[row], joint)
 
+    def walk(
+        self, row: int, node: int, parts: Sequence[Sequence["Step"]], branches: "Branches"
+    ) -> None:
+        """What a model answered to `branches.wishes(node)`: the node, then on along what it wrote."""
+        found = {token: value for steps in parts for token, value in steps[0].log_probs.items()}
+        self._tell(row, node, found)
+        for before, step in pairwise(parts[0]):
+            child = branches.children(node).get(before.token)
+            if child is None:
+                break
+            node = child
+            self._tell(row, node, step.log_probs)
+
+    def _tell(self, row: int, node: int, found: dict[int, float]) -> None:
+        values = [found.get(token, -np.inf) for token in self.trie.children[node]]
+        self.tell(row, node, np.array(values))
+
     @property
     def reads(self) -> Int[np.ndarray, " rows"]:
         """Nodes read of each row."""
@@ -118,34 +140,93 @@ def _allowed(trie: LabelTrie, labels: Sequence[int]) -> tuple[set[int], set[int]
     return nodes, set(map(int, labels))
 
 
-def read_in_rounds(
-    reading: BestFirst,
-    rows: Sequence[list[int]],
-    ask: Callable[[list[list[int]], list[list[int]]], list[dict[int, float]]],
-    *,
-    most_ids: int,
-) -> None:
-    """Reads all rows to their end, the reads of all rows in flight together in each round.
+class Wish(NamedTuple):
+    """What is wanted after a prompt."""
+
+    ids: tuple[int, ...]
+    """Tokens whose log-probabilities are read, at most 128."""
+    written: tuple[int, ...] = ()
+    """Tokens that the model may write on with."""
+    steps: int = 1
+    """Tokens to write."""
+
+
+class Step(NamedTuple):
+    """One position of an answer: what the wished tokens had there, and which was written."""
+
+    log_probs: dict[int, float]
+    token: int
+
+
+class Branches:
+    """What to wish for at each node of a trie.
 
     Args:
-        reading: what is told the results.
-        rows: token ids of the rows, up to the start of the reply.
-        ask: prompts and, for each, the token ids to read -> their next-token log-probabilities.
-        most_ids: token ids in one read; larger fan-outs are split.
+        trie: the tokens of all labels.
+        labels: positions of the labels that may be answered; None = all.
     """
-    trie = reading.trie
-    while wanted := [(row, int(node)) for row, nodes in reading.round() for node in nodes]:
-        # Nodes in order of rows: the reads of a row stand together and share its cached prefix.
-        prompts, ids = [], []
-        for row, node in wanted:
-            children = trie.children[node]
-            for start in range(0, len(children), most_ids):
-                prompts.append(rows[row] + trie.path(node))
-                ids.append(children[start : start + most_ids])
-        answers = iter(ask(prompts, ids))
-        for row, node in wanted:
-            children = trie.children[node]
-            found: dict[int, float] = {}
-            while len(found) < len(children):
-                found.update(next(answers))
-            reading.tell(row, node, np.array([found[token] for token in children]))
+
+    def __init__(self, trie: LabelTrie, labels: Sequence[int] | None) -> None:
+        self.trie = trie
+        self._needed = None if labels is None else _tokens_of(trie, labels)
+        self._wishes: dict[int, list[Wish]] = {}
+        self._children: dict[int, dict[int, int]] = {}
+
+    def wishes(self, node: int) -> list[Wish]:
+        """One wish that may read on, or the parts of a large fan-out."""
+        if node not in self._wishes:
+            self._wishes[node] = [wish] if (wish := self._walk(node)) else self._parts(node)
+        return self._wishes[node]
+
+    def children(self, node: int) -> dict[int, int]:
+        """Token -> inner node that it leads to."""
+        if node not in self._children:
+            tokens, edges = self.trie.children[node], self.trie.edges(node)
+            self._children[node] = {
+                tokens[at]: child
+                for child, at in zip(edges.nodes, edges.node_at, strict=True)
+                if self._needed is None or child in self._needed
+            }
+        return self._children[node]
+
+    def _tokens(self, node: int) -> list[int]:
+        if self._needed is None:
+            return self.trie.children[node]
+        return sorted(self._needed.get(node, ()))
+
+    def _parts(self, node: int) -> list[Wish]:
+        ids = tuple(self._tokens(node))
+        return [Wish(ids[at : at + MOST_IDS]) for at in range(0, len(ids), MOST_IDS)]
+
+    def _walk(self, node: int) -> Wish | None:
+        """A wish for all nodes from this one on, where their tokens are few."""
+        ids, inner, is_chain = set[int](), set[int](), True
+        levels = [[node]]
+        while levels[-1]:
+            levels.append([])
+            for one in levels[-2]:
+                children, tokens = self.children(one), self._tokens(one)
+                ids.update(tokens)
+                inner |= children.keys()
+                is_chain = is_chain and len(tokens) == 1
+                levels[-1] += children.values()
+            if len(ids) > _WALK_IDS:
+                return None
+        steps = len(levels) - 1
+        if steps == 1:
+            return None
+        # In a chain the end is only read: a model that would rather end must go on.
+        return Wish(tuple(sorted(ids)), tuple(sorted(inner if is_chain else ids)), steps)
+
+
+def _tokens_of(trie: LabelTrie, labels: Sequence[int]) -> dict[int, set[int]]:
+    """The tokens to read at each node on the way to some labels."""
+    needed: dict[int, set[int]] = {}
+    for label in labels:
+        node, token = int(trie.last_node[label]), int(trie.last_token[label])
+        needed.setdefault(node, set()).add(token)
+        while node:
+            parent = int(trie.parents[node])
+            needed.setdefault(parent, set()).add(int(trie.tokens[node]))
+            node = parent
+    return needed

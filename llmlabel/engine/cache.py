@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmlabel.engine import Engine, Reply, Scores
+from llmlabel.engine import Engine, Reply, Scores, Usage
 from llmlabel.prompt import Chat
 
 
@@ -33,6 +33,16 @@ class CachedEngine:
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"cache {path}: {error}; delete the file or give another") from error
+
+    @property
+    def usage(self) -> Usage:
+        """What the wrapped engine was asked; nothing where it does not count."""
+        return getattr(self.engine, "usage", Usage())
+
+    @property
+    def cost(self) -> float | None:
+        """Price of that, where the wrapped engine has prices."""
+        return getattr(self.engine, "cost", None)
 
     def close(self) -> None:
         """Closes the file; what was answered stays."""

@@ -67,7 +67,7 @@ def trees(rows: Sequence[Sequence[int]], room: Sequence[int], *, most_tokens: in
         most_tokens: of a tree of several chats, with their room.
     """
     found: list[Tree] = []
-    used, previous = 0, list[int]()
+    used, previous = 0, rows[0][:0] if rows else ()
     for chat in sorted(range(len(rows)), key=lambda i: (rows[i], i)):
         own = rows[chat]
         shared = _shared(own, previous) if found else 0
@@ -232,7 +232,7 @@ class Pass:
         if self.decoder.plain_head:
             hidden = model.base_model(ids.to(model.device), **arguments).last_hidden_state
             return hidden[rows.to(model.device), places.to(model.device)]
-        kept, places = places.unique(return_inverse=True)
+        kept, places = torch.unique(places, return_inverse=True)
         out = model(ids.to(model.device), logits_to_keep=kept.to(model.device), **arguments)
         return out.logits[rows.to(model.device), places.to(model.device)]
 

@@ -1,9 +1,9 @@
 """A language model by vLLM, in process; the same code on a GPU and on the CPU build.
 
-Labels are read token by token: a request of one output token with `logprob_token_ids` gives the
-model's log-probabilities of exactly the trie's children, over the whole vocabulary. A node of the
-trie is one request whose prompt is the row's prompt and the path to the node, so the prefix cache
-holds nearly all of it; nodes are read best-first, those of all rows together.
+Labels are read token by token: a request with `logprob_token_ids` gives the model's log-probabilities
+of exactly the trie's children, over the whole vocabulary. Its prompt is the row's prompt and the path
+to a node, so the prefix cache holds nearly all of it, and where the nodes below have few tokens the
+model writes on along them (see `Branches`). Nodes are read best-first, those of all rows together.
 """
 
 import json
@@ -13,12 +13,11 @@ from typing import Any
 
 from llmlabel import models
 from llmlabel.engine import Reply, Scores, Usage, chat_seeds, refuse_many_processes
-from llmlabel.engine.bestfirst import BestFirst, read_in_rounds
+from llmlabel.engine.bestfirst import BestFirst, Branches, Step, Wish
 from llmlabel.engine.labeltrie import tokens_and_trie
 from llmlabel.prompt import Chat, chat_tokens
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_MOST_IDS = 128  # vLLM refuses more `logprob_token_ids` in one request
 
 
 class VLLMEngine:
@@ -149,24 +148,46 @@ class VLLMEngine:
             max_reads=self.max_nodes,
             candidates=candidates,
         )
-        read_in_rounds(reading, rows, self._ask, most_ids=_MOST_IDS)
+        whole = Branches(trie, None)
+        branches = [whole] * len(rows)
+        if candidates is not None:
+            branches = [Branches(trie, some) for some in candidates]
+        while wanted := [(row, int(node)) for row, nodes in reading.round() for node in nodes]:
+            # In order of rows: the reads of a row stand together and share its cached prefix.
+            wishes = [branches[row].wishes(node) for row, node in wanted]
+            prompts = [rows[row] + trie.path(node) for row, node in wanted]
+            answers = iter(
+                self._ask(
+                    [prompt for prompt, some in zip(prompts, wishes, strict=True) for _ in some],
+                    [wish for some in wishes for wish in some],
+                )
+            )
+            for (row, node), some in zip(wanted, wishes, strict=True):
+                parts = [next(answers) for _ in some]
+                reading.walk(row, node, parts, branches[row])
         return Scores(reading.log_probs, errors, reading.unread)
 
-    def _ask(self, prompts: list[list[int]], ids: list[list[int]]) -> list[dict[int, float]]:
-        """Log-probabilities of `ids` as the next token of each prompt."""
+    def _ask(self, prompts: list[list[int]], wishes: list[Wish]) -> list[list[Step]]:
+        """The positions that vLLM wrote for each wish."""
         from vllm import SamplingParams
 
         params = {
-            key: SamplingParams(
-                max_tokens=1, temperature=0.0, logprob_token_ids=list(key), detokenize=False
+            wish: SamplingParams(
+                max_tokens=wish.steps,
+                temperature=0.0,
+                logprob_token_ids=list(wish.ids),
+                allowed_token_ids=list(wish.written) or None,
+                detokenize=False,
             )
-            for key in set(map(tuple, ids))
+            for wish in set(wishes)
         }
-        outputs = self._run(prompts, [params[tuple(some)] for some in ids])
-        given = [out.outputs[0].logprobs[0] for out in outputs]
+        outputs = [out.outputs[0] for out in self._run(prompts, [params[w] for w in wishes])]
         return [
-            {token: found[token].logprob for token in some}
-            for found, some in zip(given, ids, strict=True)
+            [
+                Step({token: shown[token].logprob for token in wish.ids}, token)
+                for shown, token in zip(out.logprobs, out.token_ids, strict=True)
+            ]
+            for out, wish in zip(outputs, wishes, strict=True)
         ]
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:

@@ -70,7 +70,7 @@ def start_pooling(
     gpu_memory_utilization: float = 0.9,
     enforce_eager: bool = False,
 ) -> tuple[Any, int]:
-    """vLLM with a pooling model, and the tokens that it reads of a text.
+    """VLLM with a pooling model, and the tokens that it reads of a text.
 
     Args:
         model: path, hub name, `package:` or `wheel:` source.

@@ -2,7 +2,8 @@
 
 Three rules: every top-level key is a variable; a mapping with `call` is a call (dotted path and
 keyword arguments); `"${name}"` is an earlier variable. `llmlabel.recipe.calls` knows what a call may
-name, `llmlabel.recipe.runner` runs it, `llmlabel.recipe.keep` knows what of a run stays on disk.
+name, `llmlabel.recipe.runner` runs it, `llmlabel.recipe.plan` says before what it would ask of its
+engines, `llmlabel.recipe.keep` knows what of a run stays on disk.
 """
 
 import json
@@ -12,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from llmlabel.recipe.calls import Recipe, RecipeError, bind, closest, resolve
+from llmlabel.recipe.plan import PlannedStep, plan
 from llmlabel.recipe.program import program
 from llmlabel.recipe.runner import Results, StepError, run
 from llmlabel.strictyaml import read_yaml
 
 __all__ = [
+    "PlannedStep",
     "Recipe",
     "RecipeError",
     "Results",
     "StepError",
     "check",
     "load_recipe",
+    "plan",
     "resolve",
     "run",
     "to_python",

