@@ -71,7 +71,9 @@ def engine(
         from llmlabel.engine.vllm import VLLMEngine
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        yield VLLMEngine(models.SMOLLM2, dtype="float32", max_tokens=400, enforce_eager=True)
+        yield VLLMEngine(
+            models.SMOLLM2, dtype="float32", max_tokens=400, max_missing=0.0, enforce_eager=True
+        )
 
 
 @contextmanager
