@@ -33,6 +33,7 @@ _HOMES = {
     "domain_context_calibration": "refine.debias",
     "match_prior": "refine.debias",
     "shift_prior": "refine.debias",
+    "read_orders": "refine.orders",
     "measure_bias": "refine.bias",
     "aggregate": "refine.aggregate",
     "keep_confident": "select",

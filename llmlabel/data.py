@@ -76,6 +76,7 @@ _ADDED_BY = {
     "candidates": "llmlabel.label.shortlist.shortlist adds it",
     "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
     **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
+    "votes": "llmlabel.label.direct.label_direct(..., orders=N) adds it",
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
 }

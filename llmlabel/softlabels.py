@@ -19,6 +19,9 @@ LABEL_COLUMNS = (
 )
 """What every labeler writes, teacher or student; null where it has no meaning."""
 
+VOTES = List({"source": Value("string"), "label_id": Value("int32"), "prob": Value("float32")})
+"""The type of the column `votes`."""
+
 _ROUNDING = 1e-6
 """A row of float32 probabilities that sums to 1 does so within this."""
 

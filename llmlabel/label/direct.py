@@ -1,7 +1,5 @@
 """A language model reads each text and gives every label a probability."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
 from llmlabel.blocks import map_blocks
@@ -20,12 +18,11 @@ from llmlabel.label.shortlist import candidate_lists
 from llmlabel.label.windows import mean_by_group, windows
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import Chat, find_prompt, prompt_sha, render
-from llmlabel.refine.orders import label_orders
-from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.refine.orders import label_orders, orders_sha
+from llmlabel.softlabels import LABEL_COLUMNS, VOTES, SoftLabels
 
 _YES_NO = ("yes", "no")
 _UNREAD = "the model gave no label a probability"
-_VOTES = List({"source": Value("string"), "label_id": Value("int32"), "prob": Value("float32")})
 
 
 def label_direct(  # noqa: PLR0913  # each is one plain choice about how the model is asked
@@ -146,14 +143,6 @@ def _sources(
         for name, one in zip(names, prompts, strict=True)
         for number, order in enumerate(label_orders(labels, orders))
     ]
-
-
-def _sha(sources: list[_Source]) -> str:
-    """The hash of the prompt file; of all files and orders where there are several sources."""
-    if len(sources) == 1:
-        return sources[0].sha
-    content = json.dumps([(one.sha, one.order) for one in sources])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -312,15 +301,16 @@ def _labelled(
     for row in np.flatnonzero(low).tolist():
         why = f"label mass {mass[row]:.2g} is below min_mass={min_mass:g}"
         errors[row] = f"{errors[row]}; {why}" if row in errors else why
+    sha = orders_sha([(one.sha, one.order) for one in sources])
     columns: dict[str, tuple[Any, Any]] = {
         "label_mass": (mass.astype(np.float32), Value("float32")),
         "engine": (pa.repeat(engine, len(block)), Value("string")),
-        "prompt_sha": (pa.repeat(_sha(sources), len(block)), Value("string")),
+        "prompt_sha": (pa.repeat(sha, len(block)), Value("string")),
         "error": ([errors.get(row) for row in range(len(block))], Value("string")),
     }
     if len(sources) > 1:
         votes = _votes([one.name for one in sources], np.stack([one.probs for one in said]))
-        columns["votes"] = (votes, _VOTES)
+        columns["votes"] = (votes, VOTES)
     return with_columns(SoftLabels.from_dense(probs, labels).add_to(block), columns)
 
 

@@ -3,17 +3,15 @@
 from typing import Literal
 
 import numpy as np
-from datasets import Dataset, List, Value
+from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
 from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
-from llmlabel.softlabels import SoftLabels
+from llmlabel.softlabels import VOTES, SoftLabels
 
 Method = Literal["average", "log_average", "majority"]
 Votes = Float[np.ndarray, "sources rows labels"]
-
-_VOTES = List({"source": Value("string"), "label_id": Value("int32"), "prob": Value("float32")})
 
 
 def aggregate(
@@ -71,7 +69,7 @@ def aggregate(
     return with_columns(
         soft.add_to(first),
         {
-            "votes": (_votes(list(sources), probs, voting), _VOTES),
+            "votes": (_votes(list(sources), probs, voting), VOTES),
             "weight": (np.minimum(confidence, 1.0).astype(np.float32) ** 2, Value("float32")),
             "engine": ([" + ".join(sources)] * len(ids), Value("string")),
             # of the first source, and nothing that all of them share
