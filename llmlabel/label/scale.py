@@ -200,7 +200,11 @@ def _made(engine: str | type, engine_args: dict[str, Any]) -> Engine:
     if isinstance(engine, type):
         return cast("Engine", engine(**engine_args))
     module, _, name = engine.rpartition(".")
-    return cast("Engine", getattr(importlib.import_module(module), name)(**engine_args))
+    made = getattr(importlib.import_module(module), name, None)
+    # Only what is defined there: a recipe must not reach what an engine's module imports.
+    if not isinstance(made, type) or made.__module__ != module:
+        raise ValueError(f"engine={engine!r} is no class that is defined in {module}")
+    return cast("Engine", made(**engine_args))
 
 
 def _row(number: int, block: Dataset, *, error: str = "") -> pa.Table:

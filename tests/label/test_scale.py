@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from llmlabel.engine import Scores
 from llmlabel.engine.fake import FakeEngine
+from llmlabel.label import scale
 from llmlabel.label.direct import label_direct
 from llmlabel.label.scale import label_at_scale
 from llmlabel.labelspace import LabelSpace, load_labels
@@ -43,6 +44,12 @@ def test_what_cannot_run_is_refused_before_anything_runs(labels: LabelSpace) -> 
             label_at_scale(table(2), path, labels, actors=1)
     with pytest.raises(ValueError, match="label_direct has no option 'promt' to pass on"):
         label_at_scale(table(2), FAKE, labels, actors=1, promt="label/direct")
+
+
+@pytest.mark.parametrize("name", ["Path", "chat_seeds", "nothing", "Reply"])
+def test_only_classes_of_the_engines_module_are_made(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}' is no class that is defined in llmlabel"):
+        scale._made(f"llmlabel.engine.hf.{name}", {})
 
 
 def test_without_ray_it_says_what_to_install(
