@@ -15,6 +15,7 @@ texts after that, so that no text is computed twice. Linux only: memory is read 
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -148,7 +149,8 @@ def measure(
     found |= quality(answers, texts.warm[: len(answers)], load_labels(texts.labels))
     if run.file == "llmlabel_direct" and "prompt" not in run.options:
         reads = None if job["engine"] == "hf" else found["warm"]["output_tokens"]
-        found["needed_tokens"] = needed_tokens(texts, model, reads=reads)
+        done = dataclasses.replace(texts, warm=texts.warm[: len(answers)])
+        found["needed_tokens"] = needed_tokens(done, model, reads=reads)
     found["probs"] = {answer["id"]: answer["probs"] for answer in answers if "probs" in answer}
     return found
 

@@ -52,10 +52,10 @@ class BestFirst:
         )
         self._open: list[dict[int, float]] = [{0: 0.0} for _ in range(rows)]
         self._found = np.full(rows, -np.inf)
-        # In eight rounds or more, so that what is read depends on what was found before.
+        # In four rounds or more, so that what is read depends on what was found before.
         self._left = [len(trie) if max_reads is None else max_reads] * rows
         self._limit = self._left[0] if rows else 0
-        self._most = len(trie) if max_reads is None else max(16, max_reads // 8)
+        self._most = len(trie) if max_reads is None else max(16, max_reads // 4)
         self._allowed = (
             None if candidates is None else [_allowed(trie, some) for some in candidates]
         )

@@ -110,7 +110,7 @@ def test_orders_have_blocks_and_hashes_of_their_own(labels: LabelSpace, tmp_path
         assert again.calls == []
         assert kept[0] == got[0]
     assert len(shas) == 3
-    with pytest.raises(ValueError, match="begun by another call: .*orders"):
+    with pytest.raises(ValueError, match=r"begun by another call: .*orders"):
         label_direct(rows("x"), FirstListed(), labels, orders=1, output=tmp_path / "2")
     with pytest.raises(ValueError, match="orders"):
         label_direct(rows("x"), FirstListed(), labels, orders=7)  # 3 labels have 6
