@@ -45,7 +45,7 @@ TASKS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "reinforce, 1 round": {"rounds": 1},
     "reinforce, 2 rounds": {"rounds": 2},
-    "reinforce, 3 rounds, 8 samples": {"rounds": 3, "samples": 8},
+    "reinforce, 3 rounds, 4 samples": {"rounds": 3, "samples": 4},
     "bdpl, 2 rounds": {"rounds": 2, "optimiser": "bdpl"},
     "textual, 2 rounds": {"rounds": 2, "optimiser": "textual", "samples": 4, "batch_rows": 20},
     "reinforce, 2 rounds, off in training": {"rounds": 2, "demonstrations_in_training": False},
@@ -166,7 +166,8 @@ def _shares(shares: list[float]) -> str:
 
 HEAD = f"""# Self-training of SmolLM2-135M
 
-`python benchmarks/selftrain.py --work FOLDER`: accuracy on {ROWS} unlabelled rows of two domains of
+`python benchmarks/selftrain.py --work FOLDER`, with `--tasks` and `--variants` for what is in the
+table: accuracy on {ROWS} unlabelled rows of two domains of
 CLINC150 after at most {BUDGET} calls. *Gain* is in points over the manual prompt with the label
 preference taken out, pooled over the tasks, with the exact interval of the rows that changed
 (McNemar). *Reliable - rest* is the accuracy of the manual prompt's labels, without preference, on
