@@ -271,9 +271,15 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """One process works in a folder at a time; the system frees the lock of a killed one.
 
+    The processes of one launch (`accelerate launch`, `torchrun`) work together: rank 0 has the lock
+    for all of them.
+
     Raises:
         RuntimeError: Another process has it.
     """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / ".lock").acquire(timeout=0)

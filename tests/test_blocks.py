@@ -11,6 +11,7 @@ from datasets import Dataset, List, Value, concatenate_datasets
 from llmlabel import progress
 from llmlabel.blocks import Numbered, commit_blocks, map_blocks
 from llmlabel.data import with_columns
+from llmlabel.files import lock
 from llmlabel.labelspace import load_labels
 
 
@@ -353,3 +354,14 @@ def test_several_blocks_at_a_time_in_any_order(tmp_path: Path, texts: Dataset) -
     assert asked == [2, 1, 0]
     assert table["name"][:] == NAMES
     assert table["text"][:] == texts["text"][:]
+
+
+def test_the_processes_of_one_launch_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lock(tmp_path):
+        with pytest.raises(RuntimeError, match="another process is working in"), lock(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with lock(tmp_path):
+            pass

@@ -49,7 +49,7 @@ def attempt(seconds):
     return None
 
 def blocks():
-    return {f.name: f.stat().st_mtime_ns for f in (output / "blocks").glob("*.parquet")}
+    return {f.name: f.stat().st_mtime_ns for f in (output / "blocks").glob("[!.]*.parquet")}
 
 rng, killed, seen = random.Random(1), 0, {}
 while killed < kills:
