@@ -1,16 +1,12 @@
 """A run that is killed at any moment and started again ends with the same bytes."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from crash.killed_runs import contents, started
 
 pytestmark = pytest.mark.slow
 
@@ -39,25 +35,6 @@ predicted:
   model: ${{student}}
   block_rows: 16
 """
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but notes of times, locks, and what a killed writer left behind."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name not in {"run.json", "error.log", ".lock"}
-        and not path.name.startswith((".tmp-", ".old-"))
-    }
-
-
-@contextmanager
-def started(recipe: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "llmlabel", "run", str(recipe), "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        yield process
 
 
 def run_to_the_end(recipe: Path, output: Path) -> None:

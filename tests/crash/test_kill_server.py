@@ -1,17 +1,13 @@
 """A client of a server that is killed at any moment and started again ends with the same bytes."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from crash.killed_runs import contents, started
 from engine.openai_server import FakeServer, storm
 
 from llmlabel.data import read_parquet
@@ -35,26 +31,6 @@ raw:
   labels: ${{labels}}
   block_rows: 8
 """
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but notes of times, locks, and what a killed writer left behind."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name not in {"run.json", "error.log", ".lock"}
-        and not path.name.startswith((".tmp-", ".old-"))
-    }
-
-
-@contextmanager
-def started(recipe: Path, output: Path) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", "llmlabel", "run", str(recipe), "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stderr=pipe, text=True) as process:
-        yield process
 
 
 def run_to_the_end(recipe: Path, output: Path) -> None:
