@@ -268,7 +268,7 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, way_out: str = "another output folder") -> Iterator[None]:
     """One process works in a folder at a time; the system frees the lock of a killed one.
 
     The processes of one launch (`accelerate launch`, `torchrun`) work together: rank 0 has the lock
@@ -285,7 +285,7 @@ def lock(folder: Path) -> Iterator[None]:
         held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise RuntimeError(
-            f"another process is working in {folder}; wait for it, or give another output folder"
+            f"another process is running in {folder}; wait for it, or give {way_out}"
         ) from None
     with held:
         yield

@@ -360,7 +360,7 @@ def test_the_processes_of_one_launch_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with lock(tmp_path):
-        with pytest.raises(RuntimeError, match="another process is working in"), lock(tmp_path):
+        with pytest.raises(RuntimeError, match="another process is running in"), lock(tmp_path):
             pass
         monkeypatch.setenv("RANK", "1")
         with lock(tmp_path):

@@ -15,14 +15,14 @@ import shutil
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic_core import PydanticSerializationError, SchemaError, to_jsonable_python
 
+from llmlabel.files import lock as lock_folder
 from llmlabel.recipe.calls import Call, Ref
 
 _QUICK_BYTES = 64 * 1024**2
@@ -43,18 +43,13 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         RuntimeError: Another process has it, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise RuntimeError(
-            f"another process is running in {folder}; wait for it, or give another --output"
-        ) from None
-    except OSError as error:
-        raise RuntimeError(
-            f"the run folder {folder} cannot be written ({error.strerror}); give another --output"
-        ) from error
-    with held:
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock_folder(folder, way_out="another --output"))
+        except OSError as error:
+            raise RuntimeError(
+                f"the run folder {folder} cannot be written ({error.strerror}); give another --output"
+            ) from error
         yield
 
 

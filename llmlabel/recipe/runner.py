@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -68,7 +68,7 @@ def run(
     """
     bound = bind(recipe, allow=allow)
     folder = output / recipe.name
-    with keep.lock(folder) if _is_main() else nullcontext():
+    with keep.lock(folder):
         if _is_main():
             keep.sweep(folder)
         work = _Work(recipe, bound, folder, force=force)

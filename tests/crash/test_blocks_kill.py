@@ -74,7 +74,7 @@ def test_the_second_process_is_refused(here: Path) -> None:
             _, said = second.communicate(timeout=60)
         assert second.returncode == 1
         assert said.splitlines()[-1] == (
-            "RuntimeError: another process is working in output/blocks; wait for it, or give "
+            "RuntimeError: another process is running in output/blocks; wait for it, or give "
             "another output folder"
         )
         with started("elsewhere", 0.0) as third:
