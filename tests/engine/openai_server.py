@@ -18,6 +18,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from llmlabel.engine.labeltrie import tokens_and_trie
+from llmlabel.prompt import Chat, render
+
 MODEL, END = "tiny", 2
 PREFERENCE = {"A": 2.0, "B": 0.5}
 """What the pretended model adds to the logits of letters, whatever the text says."""
@@ -295,3 +298,33 @@ def storm(seconds: float, *, fault: str, after: int = 0) -> Fault:
         return fault if time.monotonic() - began[0] < seconds else None
 
     return at
+
+
+# What the tests of the engine ask of it.
+
+LABELS = ["cat", "catfish", "business", "sports"]
+TEXTS = [f"a text about {word} number {i}" for i, word in enumerate(["cats", "money"] * 3)]
+
+
+def chats(texts: list[str] = TEXTS, labels: list[str] = LABELS) -> list[Chat]:
+    return [render("label/direct", text=text, labels=labels) for text in texts]
+
+
+def joint(tokenizer: Any, asked: list[Chat], labels: list[str] = LABELS) -> np.ndarray:
+    """The slow twin: one label after the other, one token after the other."""
+    trie, rows, _ = tokens_and_trie(tokenizer, asked, labels, max_tokens=2048)
+    paths = [
+        [*trie.path(int(node)), int(token)]
+        for node, token in zip(trie.last_node, trie.last_token, strict=True)
+    ]
+    values = [
+        [
+            sum(
+                next_token_log_probs(ids + path[:at], len(tokenizer))[path[at]]
+                for at in range(len(path))
+            )
+            for path in paths
+        ]
+        for ids in rows
+    ]
+    return np.array(values)
