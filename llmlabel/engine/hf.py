@@ -67,7 +67,8 @@ class HFEngine:
         self.pass_tokens, self.max_nodes, self.max_missing = pass_tokens, max_nodes, max_missing
         known = models.model_sha(path, loaded.config)
         number = str(self.dtype).removeprefix("torch.")
-        self.name = f"hf:{models.model_name(model)}@{known}:{number}:{self.max_tokens}:{max_nodes}:{max_missing}"
+        bounds = f"{self.max_tokens}:{max_nodes}:{max_missing}"
+        self.name = f"hf:{models.model_name(model)}@{known}:{number}:{bounds}"
         self._decoder = Decoder(self.model)
         self.usage = Usage()
         self._check_reading(model)

@@ -94,7 +94,8 @@ class VLLMEngine:
         known = models.model_sha(path, config)
         if adapter is not None:
             known += f"+{models.content_sha(adapter)[:8]}"
-        self.name = f"vllm:{models.model_name(model)}@{known}:{used}:{self.max_tokens}:{max_nodes}:{max_missing}"
+        bounds = f"{self.max_tokens}:{max_nodes}:{max_missing}"
+        self.name = f"vllm:{models.model_name(model)}@{known}:{used}:{bounds}"
 
     def generate(
         self,
