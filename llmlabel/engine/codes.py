@@ -19,10 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from llmlabel.engine.server import LackingError
+from llmlabel.engine.server import LOST, LackingError
 from llmlabel.prompt import Chat, render, reply_form
-
-_LOST = -9000.0  # servers write -9999 where there is no log-probability
 
 
 def code_orders(
@@ -101,7 +99,7 @@ def read_codes(answer: Any, count: int) -> CodeRead:
     least, total = 1.0, 0.0
     for entry in shown:
         log_prob = float(entry["logprob"])
-        if not _LOST < log_prob <= 1e-3:
+        if not LOST < log_prob <= 1e-3:
             raise LackingError(f"the server gave {log_prob:g} as a log-probability")
         prob = math.exp(log_prob)
         least, total = min(least, prob), total + prob

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llmlabel.engine.bestfirst import BestFirst, Branches, Step, Wish
-from llmlabel.engine.server import LackingError, RequestError, Server, gather_all
+from llmlabel.engine.server import LOST, LackingError, RequestError, Server, gather_all
 
 _LOOKED_AT = 256  # waiting reads among which a companion is looked for
-_LOST = -9000.0  # servers write -9999 where there is no log-probability
 
 Answer = dict[int, float]
 """Token -> log-probability."""
@@ -68,7 +67,7 @@ def steps_of(choice: Any, ids: Sequence[int]) -> list[Step]:
             value = (values or {}).get(f"token_id:{token}")
             if value is None:
                 raise LackingError("the server lost the log-probability of a label's token")
-            if not _LOST < value <= 1e-3:
+            if not LOST < value <= 1e-3:
                 raise LackingError(f"the server gave {value:g} as a log-probability")
             found[token] = float(value)
         steps.append(Step(found, int(written.removeprefix("token_id:"))))

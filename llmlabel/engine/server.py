@@ -40,6 +40,10 @@ class RequestError(RuntimeError):
     """One request cannot be answered; others can."""
 
 
+LOST = -9000.0
+"""At or below this there is no log-probability: servers write -9999."""
+
+
 class LackingError(ValueError):
     """An answer that is whole but lacks what was asked for, such as the probability of a label."""
 

@@ -22,7 +22,8 @@ from llmlabel.refine.orders import label_orders, orders_sha
 from llmlabel.softlabels import LABEL_COLUMNS, VOTES, SoftLabels
 
 _YES_NO = ("yes", "no")
-_UNREAD = "the model gave no label a probability"
+UNREAD = "the model gave no label a probability"
+"""The `error` of a row that was read in vain."""
 
 
 def label_direct(  # noqa: PLR0913  # each is one plain choice about how the model is asked
@@ -202,7 +203,7 @@ def _ask(engine: Engine, source: _Source, reads: _Reads, labels: LabelSpace) -> 
     mass = np.nan_to_num(mass, nan=0.0)
     answered = probs.max(axis=1) > 0
     errors = {
-        row: message or _UNREAD  # written from the last read on: the first message stays
+        row: message or UNREAD  # written from the last read on: the first message stays
         for row, message, ok in zip(
             reads.rows[::-1].tolist(), messages[::-1], answered[::-1].tolist(), strict=True
         )

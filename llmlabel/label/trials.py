@@ -22,6 +22,7 @@ from llmlabel.blocks import map_blocks
 from llmlabel.data import with_columns
 from llmlabel.engine import Engine
 from llmlabel.files import write_text
+from llmlabel.label.direct import UNREAD
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import Chat, prompt_sha, render
 from llmlabel.refine.debias import batch_calibration
@@ -33,8 +34,6 @@ Shown = list[list[dict[str, Any]]]
 """The demonstrations of each row."""
 Targets = Int[np.ndarray, " all_rows"]
 """The pseudo-label of each row; -1 where there is none."""
-
-_UNREAD = "the model gave no label a probability"
 
 
 @dataclass
@@ -142,7 +141,7 @@ class Trials:
                 soft = SoftLabels.from_scores(scores.log_probs, self.labels, unread=scores.unread)
                 probs[read], mass[read] = soft.dense(), np.nan_to_num(scores.label_mass, nan=0.0)
                 for i, message in zip(read, scores.errors or [None] * len(read), strict=True):
-                    errors[i] = message or (None if probs[i].any() else _UNREAD)
+                    errors[i] = message or (None if probs[i].any() else UNREAD)
             return with_columns(
                 SoftLabels.from_dense(probs, self.labels).add_to(block),
                 {
