@@ -52,6 +52,11 @@ COLUMNS: dict[str, str] = {
     "weight": "float32: training weight",
     "set_ids": "list<int32>: positions of the labels of the prediction set",
     "split": "string: the part of the data that the row belongs to",
+    "summary": "string or null: what the text is about, in few words",
+    "terms": "list<string>: words of the text that name something of its domain",
+    "types": "list<string>: the kinds of things that its terms are",
+    "calls": "int32: prompts that were read for the row",
+    "prompt_tokens": "int32 or null: their tokens",
 }
 
 _READABLE = {
@@ -59,6 +64,8 @@ _READABLE = {
     "float32": r"u?int\d+|float|double|halffloat",
     "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
     "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
+    "int32": r"u?int\d+",
+    "list<string>": r"\w*list<[^:]+: ((large_)?string(_view)?|null)\b.*",
     "list<struct<text, label>>": r"\w*list<[^:]+: (struct<(text|label): .*|null\b.*)",
     "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
 }
@@ -79,6 +86,11 @@ _ADDED_BY = {
     "votes": "llmlabel.label.direct.label_direct(..., orders=N) adds it",
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
+    "summary": "llmlabel.taxonomy.induce.summarise adds it",
+    **dict.fromkeys(("terms", "types"), "llmlabel.taxonomy.ontology.extract adds it"),
+    **dict.fromkeys(
+        ("calls", "prompt_tokens"), "llmlabel.label.hierarchy.label_hierarchy adds it"
+    ),
 }
 
 

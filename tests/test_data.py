@@ -452,7 +452,8 @@ def test_bad_gold(write: Write, labels: LabelSpace) -> None:
 def test_columns_are_documented() -> None:
     assert {"id", "text", "gold", "label_ids", "label_probs", "label_mass", "votes", "reply", "error",
             "engine", "prompt_sha", "weight", "set_ids", "label_space", "split", "candidates",
-            "demonstrations", "match", "match_mass"} == set(COLUMNS)  # fmt: skip
+            "demonstrations", "match", "match_mass", "summary", "terms", "types", "calls",
+            "prompt_tokens"} == set(COLUMNS)  # fmt: skip
     assert all(COLUMNS.values())
     assert set(data._ADDED_BY) <= set(COLUMNS)
 

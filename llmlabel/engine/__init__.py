@@ -37,6 +37,8 @@ class Scores:
     """One message or None per row; a row with a message is scored all the same where it could be."""
     unread: Float[np.ndarray, " rows"] | None = None
     """Probability that all labels not read have at most; None where every label was read."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    """Tokens of each chat as they were given to the model; empty where a backend cannot tell."""
 
     @property
     def label_mass(self) -> Float[np.ndarray, " rows"]:

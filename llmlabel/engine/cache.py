@@ -87,17 +87,22 @@ class CachedEngine:
             new = self.engine.score([chats[i] for i in missing], labels, candidates=some)
             errors = new.errors or [None] * len(missing)
             unread = [None] * len(missing) if new.unread is None else new.unread.tolist()
+            sizes: list[int | None] = [*new.prompt_tokens] or [None] * len(missing)
             rows = [
-                [values.tolist(), error, rest]
-                for values, error, rest in zip(new.log_probs, errors, unread, strict=True)
+                [values.tolist(), error, rest, size]
+                for values, error, rest, size in zip(
+                    new.log_probs, errors, unread, sizes, strict=True
+                )
             ]
             self._write({keys[i]: row for i, row in zip(missing, rows, strict=True)}, known)
         log_probs = np.array([known[key][0] for key in keys], dtype=np.float64)
         rest = np.array([known[key][2] or 0.0 for key in keys], dtype=np.float64)
+        told = [(*known[key], None)[3] for key in keys]  # older files hold three values
         return Scores(
             log_probs.reshape(len(chats), len(labels)),
             [known[key][1] for key in keys],
             rest if rest.any() else None,
+            [] if None in told else told,
         )
 
     def _key(self, verb: str, chat: Chat, parameters: Any) -> str:

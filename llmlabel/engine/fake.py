@@ -1,9 +1,10 @@
 """A stand-in for a language model: instant, deterministic, for tests of everything around it."""
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,18 @@ class FakeEngine:
         seed: int = 0,
         schema: dict[str, Any] | None = None,
     ) -> list[Reply]:
-        """The first words of the text, or an empty object where a schema is asked for."""
-        words = [_asked(chat).split()[:max_tokens] for chat in chats]
-        texts = ["{}" if schema is not None else " ".join(some) for some in words]
-        return [Reply(text, "stop") for text in texts]
+        """The first words of the text, or JSON of the schema with words of the text in it."""
+        replies = []
+        for chat in chats:
+            words = _asked(chat).split()
+            if schema is None:
+                text = " ".join(words[:max_tokens])
+            else:
+                said = sorted(set(re.findall(r"[^\W\d_]+", _asked(chat))))
+                more = (f"word {number}" for number in itertools.count(1))
+                text = json.dumps(_instance(schema, itertools.chain(said, more)))
+            replies.append(Reply(text, "stop"))
+        return replies
 
     def score(
         self,
@@ -57,13 +66,36 @@ class FakeEngine:
         log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         cut = [len(_asked(chat)) > self.max_characters for chat in chats]
         message = f"text cut: the limit is {self.max_characters} characters"
-        return Scores(log_probs + np.log(self.mass), [message if c else None for c in cut])
+        sizes = [sum(len(turn["content"].split()) for turn in chat) for chat in chats]
+        return Scores(
+            log_probs + np.log(self.mass), [message if c else None for c in cut], None, sizes
+        )
 
     def _logit(self, text: str, label: str) -> float:
         words = set(re.findall(r"\w+", text[: self.max_characters].lower()))
         overlap = len(words & set(re.findall(r"\w+", label.lower())))
         digest = hashlib.sha256(json.dumps([text, label]).encode()).digest()
         return 3.0 * overlap + self.noise * int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _instance(schema: dict[str, Any], words: Iterator[str]) -> Any:
+    """Small JSON of a schema: two items where they are allowed, all properties, words as texts."""
+    if "enum" in schema:
+        return schema["enum"][0]
+    match schema.get("type"):
+        case "object":
+            properties = schema.get("properties", {})
+            return {name: _instance(part, words) for name, part in properties.items()}
+        case "array":
+            count = max(schema.get("minItems", 0), min(2, schema.get("maxItems", 2)))
+            return [_instance(schema["items"], words) for _ in range(count)]
+        case "integer" | "number":
+            return schema.get("minimum", 0)
+        case "boolean":
+            return True
+        case "null":
+            return None
+    return next(words)[: schema.get("maxLength")]
 
 
 def _asked(chat: Chat) -> str:

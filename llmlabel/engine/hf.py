@@ -15,11 +15,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+)
 
 from llmlabel import models
 from llmlabel.engine import Reply, Scores, Usage, chat_seeds, refuse_many_processes
 from llmlabel.engine.bestfirst import BestFirst
+from llmlabel.engine.held import HeldToSchema
 from llmlabel.engine.labeltrie import LabelTrie, label_trie, tokens_and_trie
 from llmlabel.engine.treepass import Decoder, Pass, Prefix, Tree, batches, shared_prefix, trees
 from llmlabel.prompt import Chat, chat_tokens
@@ -86,10 +92,8 @@ class HFEngine:
         """One reply per chat, each computed alone so that no padding touches it.
 
         Raises:
-            ValueError: with a schema, which this engine cannot hold a model to.
+            ValueError: a schema that no reply can be held to.
         """
-        if schema is not None:
-            raise ValueError("HFEngine cannot restrict a reply to a schema; use VLLMEngine")
         stops = self.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         # A config of our own: the model's may hold penalties that vLLM does not apply.
@@ -106,10 +110,18 @@ class HFEngine:
         for chat, chat_seed in zip(chats, chat_seeds(chats, seed), strict=True):
             ids, error = chat_tokens(self.tokenizer, chat, max_tokens=self.max_tokens - max_tokens)
             given = torch.tensor([ids], device=self.device)
+            held = LogitsProcessorList()
+            if schema is not None:
+                held.append(
+                    HeldToSchema(self.tokenizer, schema, prompt_tokens=len(ids), stops=stops)
+                )
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(chat_seed)
                 out = self.model.generate(
-                    given, attention_mask=torch.ones_like(given), generation_config=config
+                    given,
+                    attention_mask=torch.ones_like(given),
+                    generation_config=config,
+                    logits_processor=held,
                 )
             new = out[0, len(ids) :].tolist()
             ended = any(token in stops for token in new)
@@ -135,7 +147,8 @@ class HFEngine:
         start = shared_prefix(rows)
         prefix = self._decoder.prefix(rows[0][:start])
         own = [ids[start:] for ids in rows]
-        self.usage.prompt_tokens += sum(map(len, rows))
+        sizes = [len(ids) for ids in rows]
+        self.usage.prompt_tokens += sum(sizes)
         if len(trie) > self.max_nodes:
             reading = BestFirst(
                 trie,
@@ -150,7 +163,7 @@ class HFEngine:
             self._read_whole(own, trie, prefix, candidates, log_probs)
             unread = None
         self.usage.computed_tokens = self._decoder.computed_tokens
-        return Scores(log_probs, errors, unread)
+        return Scores(log_probs, errors, unread, sizes)
 
     def _read_whole(
         self,

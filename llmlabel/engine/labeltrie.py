@@ -141,7 +141,7 @@ def tokens_and_trie(
     return trie, [ids for ids, _ in read], [error for _, error in read]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)  # a hierarchy has a trie for each node's children
 def label_trie(tokenizer: Any, labels: tuple[str, ...], form: ReplyForm = ReplyForm()) -> LabelTrie:  # noqa: B008  # immutable
     """The trie of `labels` as replies, tokenized where a reply stands in the chat template.
 

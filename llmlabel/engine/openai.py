@@ -225,7 +225,9 @@ class OpenAIEngine:
         for row, problem in enumerate(problems):
             if problem is not None:  # half a reading is none
                 errors[row], log_probs[row], unread[row] = problem, -np.inf, 1.0
-        return Scores(log_probs, errors, unread if unread.any() else None)
+        return Scores(
+            log_probs, errors, unread if unread.any() else None, [len(ids) for ids in rows]
+        )
 
     def _score_codes(
         self, chats: Sequence[Chat], labels: Sequence[str], allowed: Sequence[Sequence[int]]

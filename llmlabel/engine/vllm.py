@@ -80,6 +80,8 @@ class VLLMEngine:
             enable_lora=adapter is not None,
             max_lora_rank=_lora_rank(adapter),
             enforce_eager=enforce_eager,
+            # A small model that may write blanks between tokens of JSON may write nothing else.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
         self.tokenizer = self.llm.get_tokenizer()
         if self.tokenizer.chat_template is None:
@@ -141,7 +143,8 @@ class VLLMEngine:
         trie, rows, errors = tokens_and_trie(
             self.tokenizer, chats, labels, max_tokens=self.max_tokens
         )
-        self.usage.prompt_tokens += sum(map(len, rows))
+        sizes = [len(ids) for ids in rows]
+        self.usage.prompt_tokens += sum(sizes)
         reading = BestFirst(
             trie,
             len(rows),
@@ -166,7 +169,7 @@ class VLLMEngine:
             for (row, node), some in zip(wanted, wishes, strict=True):
                 parts = [next(answers) for _ in some]
                 reading.walk(row, node, parts, branches[row])
-        return Scores(reading.log_probs, errors, reading.unread)
+        return Scores(reading.log_probs, errors, reading.unread, sizes)
 
     def _ask(self, prompts: list[list[int]], wishes: list[Wish]) -> list[list[Step]]:
         """The positions that vLLM wrote for each wish."""

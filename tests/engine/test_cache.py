@@ -23,7 +23,7 @@ class Counting(FakeEngine):
         self.asked += len(chats)
         scores = super().score(chats, labels, candidates=candidates)
         unread = None if candidates is None else np.full(len(chats), 0.01)
-        return Scores(scores.log_probs, scores.errors, unread)
+        return Scores(scores.log_probs, scores.errors, unread, scores.prompt_tokens)
 
 
 def chat(text: str) -> Chat:
@@ -40,6 +40,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     assert engine.asked == 3
     np.testing.assert_array_equal(second.log_probs[[2, 0]], first.log_probs)
     assert second.errors == [first.errors[1], None, None]
+    assert second.prompt_tokens == [1, 1, 1]
     plain = engine.score([chat("new")], ["x", "y"])
     np.testing.assert_array_equal(second.log_probs[1:2], plain.log_probs)
     cached.close()

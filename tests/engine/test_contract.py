@@ -1,5 +1,6 @@
 """The same promises for every engine."""
 
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,8 @@ from engine.openai_server import FakeServer
 
 from llmlabel import models
 from llmlabel.engine import Engine, Scores
-from llmlabel.prompt import Chat, render
+from llmlabel.engine.labeltrie import label_trie
+from llmlabel.prompt import Chat, chat_tokens, render
 
 LABELS = ["cat", "catfish", "sports, and: more?", "business", "is it (really) so?"]
 TEXTS = [
@@ -185,6 +187,41 @@ def test_generate_answers_every_chat(engine: Engine) -> None:
     assert [r.text for r in replies] == [
         r.text for r in engine.generate(chats(TEXTS[:3]), max_tokens=4)
     ]
+
+
+def test_a_schema_is_held_to(engine: Engine) -> None:
+    if engine.name.startswith("openai:tiny"):
+        return  # the stand-in for a server writes what it is told to
+    item = {"type": "string", "minLength": 1, "maxLength": 12}
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["bug", "praise"]},
+            "score": {"type": "integer", "minimum": 0, "maximum": 100},
+            "labels": {"type": "array", "minItems": 2, "maxItems": 3, "items": item},
+        },
+        "required": ["kind", "score", "labels"],
+        "additionalProperties": False,
+    }
+    replies = engine.generate(chats(TEXTS[:3]), max_tokens=250, temperature=0.7, schema=schema)
+    for reply in replies:
+        said = json.loads(reply.text)
+        assert list(said) == ["kind", "score", "labels"]
+        assert said["kind"] in ("bug", "praise")
+        assert 0 <= said["score"] <= 100
+        assert 2 <= len(said["labels"]) <= 3
+        assert all(1 <= len(label) <= 12 for label in said["labels"])
+        assert reply.finish_reason == "stop"
+
+
+def test_prompt_tokens_are_told_exactly_or_not_at_all(engine: Engine, scores: Scores) -> None:
+    tokenizer = getattr(engine, "tokenizer", None)
+    if tokenizer is None:
+        assert len(scores.prompt_tokens) in (0, len(TEXTS))
+        return
+    room = 400 - int(label_trie(tokenizer, tuple(LABELS)).depths.max())
+    expected = [len(chat_tokens(tokenizer, chat, max_tokens=room)[0]) for chat in chats(TEXTS)]
+    assert scores.prompt_tokens == expected
 
 
 @pytest.mark.parametrize(

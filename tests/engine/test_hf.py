@@ -169,5 +169,26 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone(engine: HFEngi
     assert one == two
     assert one != other
     assert torch.equal(before, torch.random.get_rng_state())
-    with pytest.raises(ValueError, match="schema"):
-        engine.generate(chats, max_tokens=2, schema={})
+
+
+def test_a_schema_that_cannot_be_held_to_is_refused(engine: HFEngine) -> None:
+    chats = [render("label/direct", text="the cat", labels=LABELS)]
+    with pytest.raises(ValueError, match="cannot be held to this schema"):
+        engine.generate(
+            chats, max_tokens=2, schema={"type": "object", "uniqueItems": 3, "$ref": "#/x"}
+        )
+
+
+def test_a_held_reply_does_not_depend_on_its_neighbours(engine: HFEngine) -> None:
+    schema = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 2,
+        "items": {"type": "string", "maxLength": 5},
+    }
+    chats = [render("label/direct", text=text, labels=LABELS) for text in ("the cat", "mat", "x")]
+    together = engine.generate(chats, max_tokens=60, temperature=1.0, schema=schema)
+    alone = [
+        engine.generate([chat], max_tokens=60, temperature=1.0, schema=schema) for chat in chats
+    ]
+    assert [[reply] for reply in together] == alone
