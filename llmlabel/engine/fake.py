@@ -44,9 +44,7 @@ class FakeEngine:
             if schema is None:
                 text = " ".join(words[:max_tokens])
             else:
-                said = sorted(set(re.findall(r"[^\W\d_]+", _asked(chat))))
-                more = (f"word {number}" for number in itertools.count(1))
-                text = json.dumps(_instance(schema, itertools.chain(said, more)))
+                text = instance(schema, _asked(chat))
             replies.append(Reply(text, "stop"))
         return replies
 
@@ -78,8 +76,14 @@ class FakeEngine:
         return 3.0 * overlap + self.noise * int.from_bytes(digest[:6], "big") / 2**48
 
 
+def instance(schema: dict[str, Any], text: str) -> str:
+    """Small JSON of a schema with the words of a text in it: two items where they are allowed."""
+    said = sorted(set(re.findall(r"[^\W\d_]+", text)))
+    more = (f"word {number}" for number in itertools.count(1))
+    return json.dumps(_instance(schema, itertools.chain(said, more)))
+
+
 def _instance(schema: dict[str, Any], words: Iterator[str]) -> Any:
-    """Small JSON of a schema: two items where they are allowed, all properties, words as texts."""
     if "enum" in schema:
         return schema["enum"][0]
     match schema.get("type"):

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmlabel.engine import Reply, Scores
 from llmlabel.engine.codes import code_chat, code_orders
+from llmlabel.engine.fake import instance
 from llmlabel.prompt import Chat, chat_tokens
 
 _COUNTED = 1000  # chats whose tokens are counted; those of more are estimated from these
@@ -63,10 +64,13 @@ class PlanEngine:
         seed: int = 0,
         schema: dict[str, Any] | None = None,
     ) -> list[Reply]:
-        """Empty replies."""
+        """Empty replies, or JSON of the schema, so that what follows can be planned too."""
         for chat in chats:
             self._count(chat, times=1, output_tokens=max_tokens)
-        return [Reply("" if schema is None else "{}", "stop") for _ in chats]
+        return [
+            Reply("" if schema is None else instance(schema, chat[-1]["content"]), "stop")
+            for chat in chats
+        ]
 
     def score(
         self,

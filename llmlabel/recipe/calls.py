@@ -164,9 +164,10 @@ def _import(module_name: str, call: str) -> types.ModuleType:
             problem = f"cannot be imported: {error}" if own else install_hint(error)
             raise RecipeError(f"{module_name} {problem}") from error
         root = importlib.import_module("llmlabel").__path__[0]
+        files = [*Path(root).rglob("[!_]*.py"), *Path(root).glob("*/__init__.py")]
         modules = [
             ".".join(("llmlabel", *path.relative_to(root).with_suffix("").parts))
-            for path in Path(root).rglob("[!_]*.py")
+            for path in (file.parent if file.stem == "__init__" else file for file in files)
         ]
         near = closest(module_name, modules) if module_name.startswith("llmlabel") else ""
         raise RecipeError(f"there is no module {module_name!r}{near}") from None
