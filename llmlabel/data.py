@@ -1,9 +1,9 @@
 """The table: a `datasets.Dataset` whose column names are a contract between all steps.
 
-`COLUMNS` says what each name means. A step declares what it reads with `require_columns`, adds
-columns with `with_columns`, drops none, and keeps the order of the rows and every column of the
-user's. Rows are joined by `id`. What a step computes row by row goes through
-`llmlabel.blocks`, so that a crash loses at most the block in work.
+`llmlabel.columns` says what each name means. A step declares what it reads with `require_columns`,
+adds columns with `with_columns`, drops none, and keeps the order of the rows and every column of the
+user's. Rows are joined by `id`. What a step computes row by row goes through `llmlabel.blocks`, so
+that a crash loses at most the block in work.
 """
 
 import difflib
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from jaxtyping import Bool, Int
 
+from llmlabel.columns import ADDED_BY, COLUMNS, READABLE
 from llmlabel.files import (
     arrow_table,
     commit,
@@ -31,67 +32,6 @@ from llmlabel.files import (
     write_rows,
 )
 from llmlabel.labelspace import LabelSpace
-
-COLUMNS: dict[str, str] = {
-    "id": "string: key of the row, unique, survives every step",
-    "text": "string: the input",
-    "gold": "list<int32>: positions of the true labels; empty = none of these, null = unknown",
-    "label_ids": "list<int32>: positions of the labels of a soft label, most probable first",
-    "label_probs": "list<float32>: their probabilities; what is missing to 1 is unknown",
-    "label_mass": "float32: probability that the model answered inside the label set",
-    "label_space": "string: fingerprint of the LabelSpace that label_ids refers to",
-    "candidates": "list<int32>: positions of the labels that may be answered, nearest first; null = all",
-    "demonstrations": "list<struct<text, label>>: shown before the row's text, each with its true label",
-    "match": "float32 or null: probability that a judge finds the candidate to match the query",
-    "match_mass": "float32: probability that the judge answered yes or no",
-    "votes": "list<struct<source, label_id, prob>>: engines, prompts, samples or people",
-    "reply": "string or null: what the model said",
-    "error": "string or null: why the row could not be read, or what was done to its text",
-    "engine": "string: who labelled the row",
-    "prompt_sha": "string: hash of the prompt file",
-    "weight": "float32: training weight",
-    "set_ids": "list<int32>: positions of the labels of the prediction set",
-    "split": "string: the part of the data that the row belongs to",
-    "summary": "string or null: what the text is about, in few words",
-    "terms": "list<string>: words of the text that name something of its domain",
-    "types": "list<string>: the kinds of things that its terms are",
-    "calls": "int32: prompts that were read for the row",
-    "prompt_tokens": "int32 or null: their tokens",
-}
-
-_READABLE = {
-    "string": r"(large_)?string(_view)?",
-    "float32": r"u?int\d+|float|double|halffloat",
-    "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
-    "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
-    "int32": r"u?int\d+",
-    "list<string>": r"\w*list<[^:]+: ((large_)?string(_view)?|null)\b.*",
-    "list<struct<text, label>>": r"\w*list<[^:]+: (struct<(text|label): .*|null\b.*)",
-    "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
-}
-"""Types of `COLUMNS` -> the Arrow types, as text, whose values can be read as that."""
-
-_ADDED_BY = {
-    "id": "llmlabel.data.load adds it",
-    "text": "llmlabel.data.load(..., text=COLUMN) adds it",
-    "gold": "llmlabel.data.load(..., gold=COLUMN, labels=LABELS) adds it",
-    **dict.fromkeys(
-        ("label_ids", "label_probs", "label_space"),
-        "a labeler such as llmlabel.label.direct.label_direct adds it",
-    ),
-    "label_mass": "llmlabel.label.direct.label_direct adds it",
-    "candidates": "llmlabel.label.shortlist.shortlist adds it",
-    "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
-    **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
-    "votes": "llmlabel.label.direct.label_direct(..., orders=N) adds it",
-    "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
-    "split": "llmlabel.data.split adds it",
-    "summary": "llmlabel.taxonomy.induce.summarise adds it",
-    **dict.fromkeys(("terms", "types"), "llmlabel.taxonomy.ontology.extract adds it"),
-    **dict.fromkeys(
-        ("calls", "prompt_tokens"), "llmlabel.label.hierarchy.label_hierarchy adds it"
-    ),
-}
 
 
 def load(
@@ -176,7 +116,7 @@ def _column(table: pa.Table, name: str, argument: str) -> pa.ChunkedArray:
 
 def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = _column(table, name, "text")
-    if not re.fullmatch(rf"{_READABLE['string']}|null", str(column.type)):
+    if not re.fullmatch(rf"{READABLE['string']}|null", str(column.type)):
         row = pc.index(column.is_valid(), True).as_py()
         value = column[row].as_py()
         raise ValueError(
@@ -234,7 +174,7 @@ def require_columns(dataset: Dataset, *names: str) -> None:
     """
     for name in names:
         if name not in dataset.column_names:
-            way_out = f"; {_ADDED_BY[name]}" if name in _ADDED_BY else ""
+            way_out = f"; {ADDED_BY[name]}" if name in ADDED_BY else ""
             raise ValueError(
                 f"the column {name!r} is missing; there are {', '.join(dataset.column_names)}"
                 f"{way_out}"
@@ -254,7 +194,7 @@ def _unreadable(dataset: Dataset, name: str) -> str | None:
     if name == "id" or name not in COLUMNS or kind == "null":
         return None
     meant = COLUMNS[name].partition(":")[0].removesuffix(" or null")
-    return None if re.fullmatch(_READABLE[meant], kind) else kind
+    return None if re.fullmatch(READABLE[meant], kind) else kind
 
 
 def with_columns(dataset: Dataset, columns: dict[str, tuple[Any, Any]]) -> Dataset:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmlabel.data import COLUMNS
+from llmlabel.columns import COLUMNS
 from llmlabel.engine.fake import FakeEngine
 
 ROOT = Path(__file__).parents[1]
