@@ -145,23 +145,27 @@ class LabelSpace:
 
 
 def load_labels(
-    source: str | Path | list[Any] | dict[str, Any], *, multilabel: bool = False
+    source: str | Path | list[Any] | dict[str, Any],
+    *,
+    multilabel: bool = False,
+    separator: str = " > ",
 ) -> LabelSpace:
     """Reads a label space from a file, or from the same content as Python values.
 
     White space at the ends of ids, names and descriptions is dropped; anything else that is broken
-    is refused.
+    is refused (`llmlabel.labelspace.sources.import_labels` repairs it).
 
     Args:
         source: A path (see `llmlabel.labelspace.files`), a list of entries, or a mapping.
         multilabel: What the source says about it, or true when either of the two says so.
+        separator: Stands between the names of a `path`.
     """
     from llmlabel.labelspace import files  # here: it makes a LabelSpace
 
     if not isinstance(source, str | Path):
-        return files.parse(source, multilabel=multilabel)
+        return files.parse(source, multilabel=multilabel, separator=separator)
     try:
-        return files.parse(files.read(Path(source)), multilabel=multilabel)
+        return files.parse(files.read(Path(source)), multilabel=multilabel, separator=separator)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -263,11 +267,17 @@ def _check_acyclic(parents_of: dict[str, tuple[str, ...]]) -> None:
                 ready.append(child)
     if not waiting:
         return
-    path = [next(iter(waiting))]
-    while path.count(path[-1]) == 1:
-        path.append(next(parent for parent in parents_of[path[-1]] if parent in waiting))
-    cycle = " -> ".join(repr(id) for id in path[path.index(path[-1]) :])
-    raise ValueError(f"the parents form a cycle: {cycle}; remove one of them")
+    at, path = next(iter(waiting)), dict[str, None]()
+    while at not in path:
+        path[at] = None
+        at = next(parent for parent in parents_of[at] if parent in waiting)
+    shown = [repr(id) for id in [*path][[*path].index(at) :]]
+    if len(shown) > 10:
+        shown[5:-4] = [f"... ({len(shown) - 9} more)"]
+    cycle = " -> ".join([*shown, repr(at)])
+    raise ValueError(
+        f"the parents form a cycle: {cycle}; remove one of them, or repair all with import_labels"
+    )
 
 
 def closest(value: str, known: Iterable[str]) -> str:

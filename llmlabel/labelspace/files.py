@@ -20,7 +20,6 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +31,42 @@ from llmlabel.strictyaml import read_yaml
 ENTRY_KEYS = ("id", "name", "description", "parent", "parents", "parent_probs", "path")
 SEPARATOR = " > "
 SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", *ontologies.SUFFIXES)
-_MAX_FIELD = 2**31 - 1  # characters in a CSV field; the default of the csv module is 131,072
 
 
 def read(path: Path) -> Any:
     """What a label file says, as Python values for `parse`."""
-    text = read_text(path)
-    match suffix(path):
+    if suffix(path) != ".csv":
+        return contents(path)[0]
+    columns, entries = _read_csv(_read_text(path))
+    if not {"id", "name", "path"} & set(columns):
+        raise ValueError(
+            f"no column `id` or `name` (or `path`) in the first line; it has {columns}"
+        )
+    return entries
+
+
+def contents(
+    path: Path, *, language: str = "en", base: str = ""
+) -> tuple[Any, dict[str, list[tuple[str, ...]]]]:
+    """What a label file says, a table with any columns, and what an ontology has beside labels.
+
+    See `llmlabel.labelspace.ontologies` for the language, the base, and what is told.
+    """
+    text, kind = _read_text(path), suffix(path)
+    if kind in ontologies.SUFFIXES:
+        ontology = ontologies.read(text, kind, language=language, base=base)
+        return ontology.entries, ontology.told
+    match kind:
         case ".yaml" | ".yml":
-            return read_yaml(text)
+            return read_yaml(text), {}
         case ".json":
-            return _json(text)
+            return _json(text), {}
         case ".jsonl":
-            return read_jsonl(text)
+            return _read_jsonl(text), {}
         case ".csv":
-            return _csv_entries(*read_csv(text))
-        case ".txt":
-            return [line.strip() for line in text.split("\n") if line.strip()]
-        case kind:
-            return ontologies.read(text, kind).entries
+            return _read_csv(text)[1], {}
+        case _:
+            return [line.strip() for line in text.split("\n") if line.strip()], {}
 
 
 def suffix(path: Path) -> str:
@@ -58,7 +74,7 @@ def suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a label file.
 
     Raises:
@@ -81,7 +97,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
-def parse(content: Any, *, multilabel: bool) -> LabelSpace:
+def parse(content: Any, *, multilabel: bool, separator: str = SEPARATOR) -> LabelSpace:
     """The label space that the content of a label file describes."""
     if isinstance(content, dict):
         _check_keys(content, ("labels", "multilabel"), "the label file")
@@ -93,7 +109,8 @@ def parse(content: Any, *, multilabel: bool) -> LabelSpace:
     if not isinstance(content, list):
         kind = type(content).__name__
         raise ValueError(f"labels must be a list of names or of mappings; got {kind}")
-    entries = [_entry(entry, f"label {n}") for n, entry in enumerate(content, start=1)]
+    plain = without_paths(content, separator)
+    entries = [_entry(entry, f"label {n}") for n, entry in enumerate(plain, start=1)]
     ids, names, descriptions, parents, probs = zip(*entries, strict=True) if entries else ((),) * 5
     return LabelSpace(
         ids=tuple(ids),
@@ -101,7 +118,12 @@ def parse(content: Any, *, multilabel: bool) -> LabelSpace:
         descriptions=tuple(descriptions),
         parents=tuple(parents),
         multilabel=multilabel,
-        parent_probs=tuple(probs) if any(probs) else (),
+        # A parent that somebody states without a probability is certain.
+        parent_probs=tuple(
+            some or (1.0,) * len(each) for some, each in zip(probs, parents, strict=True)
+        )
+        if any(probs)
+        else (),
     )
 
 
@@ -111,18 +133,45 @@ def write(labels: LabelSpace, path: Path) -> str:
     Raises:
         ValueError: Such a file cannot hold these labels.
     """
-    match path.suffix.lower():
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".csv", *ontologies.WRITTEN) and labels.multilabel:
+        raise ValueError(f"{path}: a {kind} cannot say multilabel: true; save as .yaml or .json")
+    match kind:
         case ".yaml" | ".yml":
-            return str(yaml.safe_dump(_content(labels), allow_unicode=True, sort_keys=False))
+            content = {"multilabel": labels.multilabel, "labels": entries_of(labels)}
+            return str(yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
         case ".json":
-            return json.dumps(_content(labels), ensure_ascii=False, indent=2) + "\n"
+            content = {"multilabel": labels.multilabel, "labels": entries_of(labels)}
+            return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        case ".jsonl":
+            lines = [json.dumps(entry, ensure_ascii=False) for entry in entries_of(labels)]
+            return "".join(f"{line}\n" for line in lines)
         case ".csv":
-            return _to_csv(labels, path)
-        case suffix:
-            raise ValueError(f"{path}: cannot save labels as {suffix!r}; use .yaml, .json or .csv")
+            return _to_csv(labels)
+        case _ if kind in ontologies.WRITTEN:
+            try:
+                return ontologies.write(labels, kind)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        case _:
+            known = listed((".yaml", ".json", ".jsonl", ".csv", *ontologies.WRITTEN))
+            raise ValueError(f"{path}: cannot save labels as {kind!r}; use one of {known}")
 
 
-def _content(labels: LabelSpace) -> dict[str, Any]:
+class _Dumper(yaml.SafeDumper):
+    """PyYAML takes U+0085 for the end of a line, but where it writes double quotes."""
+
+
+def _dump_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if "\x85" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _dump_text)
+
+
+def entries_of(labels: LabelSpace) -> list[dict[str, Any]]:
+    """The labels as the entries of a label file."""
     entries = []
     probs = labels.parent_probs or ((),) * len(labels)
     for id, name, description, parents, parent_probs in zip(
@@ -136,22 +185,77 @@ def _content(labels: LabelSpace) -> dict[str, Any]:
         if parent_probs:
             entry["parent_probs"] = list(parent_probs)
         entries.append(entry)
-    return {"multilabel": labels.multilabel, "labels": entries}
+    return entries
 
 
-def _to_csv(labels: LabelSpace, path: Path) -> str:
-    if labels.multilabel:
-        raise ValueError(f"{path}: a .csv cannot say multilabel: true; save as .yaml or .json")
+def without_paths(entries: list[Any], separator: str) -> list[Any]:
+    """The entries, where a `path` is replaced by a parent and all above it have entries too.
+
+    The id of such a label is its path, unless the entry gives one.
+    """
+    ids: dict[tuple[str, ...], str] = {}
+    for n, entry in enumerate(entries, start=1):
+        if isinstance(entry, dict) and "path" in entry:
+            path = _parts(entry["path"], separator, f"path of label {n}")
+            ids.setdefault(path, entry.get("id") or _joined(path, separator))
+    found, made = [], set(ids)
+    for n, entry in enumerate(entries, start=1):
+        if not (isinstance(entry, dict) and "path" in entry):
+            found.append(entry)
+            continue
+        if both := {"parent", "parents"} & set(entry):
+            raise ValueError(f"label {n} has both `path` and `{min(both)}`; keep one")
+        path = _parts(entry["path"], separator, f"path of label {n}")
+        lines = [(path, {key: value for key, value in entry.items() if key != "path"})]
+        while (above := lines[-1][0][:-1]) and above not in made:
+            made.add(above)
+            ids[above] = _joined(above, separator)
+            lines.append((above, {}))
+        for line, rest in reversed(lines):
+            parents = [ids[line[:-1]]] if line[:-1] else []
+            found.append({"name": line[-1], **rest, "id": ids[line], "parents": parents})
+    return found
+
+
+def _parts(path: Any, separator: str, what: str) -> tuple[str, ...]:
+    parts = path.split(separator) if isinstance(path, str) else path
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"{what} must be text or a list of names; got {path!r}")
+    found = tuple(_text(part, what) for part in parts)
+    if not (found and all(found)):
+        raise ValueError(f"{what} has an empty name: {path!r}; the separator is {separator!r}")
+    return found
+
+
+def _joined(path: tuple[str, ...], separator: str) -> str:
+    # A name with the separator in it must not look like two.
+    return separator.join(name.replace(separator, f"\\{separator}") for name in path)
+
+
+def _to_csv(labels: LabelSpace) -> str:
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow(["id", "name", "description", "parents"])
-    for id, name, description, parents in zip(
-        labels.ids, labels.names, labels.descriptions, labels.parents, strict=True
-    ):
-        if bad := [parent for parent in parents if "|" in parent]:
-            raise ValueError(f"{path}: the parent id {bad[0]!r} has a |; save as .yaml or .json")
-        writer.writerow([id, name, description, "|".join(parents)])
+    columns = ["id", "name", "description", "parents"]
+    writer.writerow(columns + ["parent_probs"] * bool(labels.parent_probs))
+    for row, entry in enumerate(entries_of(labels)):
+        parents = entry.get("parents", [])
+        cell = "|".join(parents)
+        if cell.startswith("[") or any("|" in parent for parent in parents):
+            cell = json.dumps(parents, ensure_ascii=False)
+        cells = [entry["id"], entry["name"], entry.get("description", ""), cell]
+        if labels.parent_probs:
+            cells.append("|".join(map(repr, labels.parent_probs[row])))
+        writer.writerow(cells)
     return stream.getvalue()
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("the brackets are nested too deeply") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,7 +264,20 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_csv(text: str) -> list[dict[str, Any]]:
+def _read_jsonl(text: str) -> list[Any]:
+    """One JSON value a line; U+2028 ends no line."""
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append(_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}; write one entry a line") from None
+    return found
+
+
+def _read_csv(text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns, and each row as an entry without the keys of its empty cells."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header, *rows = [(reader.line_num, row) for row in reader if row] or [(1, [])]
@@ -169,8 +286,6 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     columns = [column.strip() for column in header[1]]
     if (twice := _first_duplicate(columns)) is not None:
         raise ValueError(f"the column {twice!r} is there twice; remove one")
-    if not {"id", "name"} & set(columns):
-        raise ValueError(f"no column `id` or `name` in the first line; it has {columns}")
     entries = []
     for line, row in rows:
         if len(row) != len(columns):
@@ -181,10 +296,32 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             key: cell for key, cell in zip(columns, row, strict=True) if cell.strip()
         }
-        for key in {"parent", "parents"} & set(entry):
-            entry[key] = entry[key].split("|")
+        # A row of an edge list has one parent, which may have a | in its name.
+        several = set() if "child" in columns else {"parent", "parents", "parent_probs"}
+        for key in several & set(entry):
+            entry[key] = _cells(entry[key])
+        if "parent_probs" in entry:
+            entry["parent_probs"] = [_number(cell) for cell in entry["parent_probs"]]
         entries.append(entry)
-    return entries
+    return columns, entries
+
+
+def _cells(cell: str) -> list[str]:
+    if cell.startswith("["):
+        try:
+            cells = json.loads(cell)
+        except ValueError:  # an id that begins so
+            cells = None
+        if isinstance(cells, list) and all(isinstance(each, str) for each in cells):
+            return cells
+    return cell.split("|")
+
+
+def _number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:  # told with its label by `_entry`
+        return cell
 
 
 def _entry(entry: Any, what: str) -> tuple[str, str, str, tuple[str, ...], tuple[float, ...]]:
@@ -208,8 +345,17 @@ def _entry(entry: Any, what: str) -> tuple[str, str, str, tuple[str, ...], tuple
         given.get("name", given.get("id", "")),
         "" if description is None else _text(description, f"description of {what}"),
         tuple(dict.fromkeys(_text(parent, f"parent of {what}") for parent in parents)),
-        tuple(map(float, entry.get("parent_probs", ()))),
+        _probs(entry.get("parent_probs"), what),
     )
+
+
+def _probs(value: Any, what: str) -> tuple[float, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return ()
+    if wrong := [each for each in values if type(each) not in (int, float)]:
+        raise ValueError(f"parent_probs of {what} must be numbers, one a parent; got {wrong[0]!r}")
+    return tuple(map(float, values))
 
 
 def _text(value: Any, what: str) -> str:

@@ -6,6 +6,7 @@ the label or anything below it, so that a parent never has less than its childre
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -153,3 +154,71 @@ def distances_from(labels: LabelSpace, label: int) -> Float[np.ndarray, " labels
                 found[other] = found[at] + 1
                 waiting.append(other)
     return found[:top]
+
+
+def closing_edges(
+    nodes: int, edges: Sequence[tuple[int, int]], weights: Sequence[float]
+) -> list[int]:
+    """The edges (by position, ascending) to remove so that no cycle is left.
+
+    The edges are tried by falling weight, equal ones in their order, and each is kept unless it
+    closes a cycle with those kept before (the greedy acyclic subgraph). What is kept has an order
+    of the nodes at any time, repaired locally where an edge goes against it (Pearce and Kelly, "A
+    dynamic topological sort algorithm for directed acyclic graphs", JEA 2007). The order begins as
+    one of the whole graph; without cycles no edge goes against it.
+    """
+    rank = _depth_first_ranks(nodes, edges)
+    if all(rank[start] < rank[end] for start, end in edges):
+        return []
+    after: list[list[int]] = [[] for _ in range(nodes)]
+    before: list[list[int]] = [[] for _ in range(nodes)]
+    removed = []
+    for place in sorted(range(len(edges)), key=lambda place: -weights[place]):
+        start, end = edges[place]
+        if rank[start] >= rank[end]:
+            between = range(rank[end], rank[start] + 1)
+            ahead = _between(end, after, rank, between)
+            if start in ahead:
+                removed.append(place)
+                continue
+            behind = _between(start, before, rank, between)
+            moved = sorted(behind, key=rank.__getitem__) + sorted(ahead, key=rank.__getitem__)
+            slots = sorted(rank[node] for node in moved)
+            for node, slot in zip(moved, slots, strict=True):
+                rank[node] = slot
+        after[start].append(end)
+        before[end].append(start)
+    return sorted(removed)
+
+
+def _between(start: int, near: list[list[int]], rank: list[int], within: range) -> dict[int, None]:
+    seen, waiting = {start: None}, [start]
+    while waiting:
+        for other in near[waiting.pop()]:
+            if other not in seen and rank[other] in within:
+                seen[other] = None
+                waiting.append(other)
+    return seen
+
+
+def _depth_first_ranks(nodes: int, edges: Sequence[tuple[int, int]]) -> list[int]:
+    """A rank of each node; in a graph without cycles every edge leads to a higher one."""
+    after: list[list[int]] = [[] for _ in range(nodes)]
+    for start, end in edges:
+        after[start].append(end)
+    rank, free = [-1] * nodes, nodes
+    seen = [False] * nodes
+    for root in range(nodes):
+        waiting = [] if seen[root] else [(root, iter(after[root]))]
+        seen[root] = True
+        while waiting:
+            node, rest = waiting[-1]
+            unseen = next((other for other in rest if not seen[other]), None)
+            if unseen is None:  # all that it leads to has its rank
+                waiting.pop()
+                free -= 1
+                rank[node] = free
+            else:
+                seen[unseen] = True
+                waiting.append((unseen, iter(after[unseen])))
+    return rank
