@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from llmlabel.labelspace import LabelSpace
     from llmlabel.recipe import PlannedStep, Recipe, Results
 
-_VERBS = ("label", "train", "calibrate", "report")
+_VERBS = ("label", "taxonomy", "train", "calibrate", "report")
 _SHOWN = 400  # characters of a turn's start and of its end in a plan
 _INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
@@ -137,6 +138,54 @@ def _verb(name: str) -> Callable[..., None]:
 
 for _name in _VERBS:
     app.command(_name)(_verb(_name))
+
+
+@app.command()
+def labels(
+    file: Annotated[Path, typer.Argument(help="A label file, a table or an ontology.")],
+    *,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the labels in the format of this file's suffix.")
+    ] = None,
+    diff: Annotated[
+        Path | None, typer.Option(help="Show what this newer version of the file changes.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Levels to show.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="Labels to show below one.")] = 50,
+) -> None:
+    """Shows the labels of a file as a tree, converts them, or compares two versions."""
+    with _errors_in_one_line():
+        from llmlabel.labelspace import save_labels
+        from llmlabel.labelspace.show import printable, tree_text
+        from llmlabel.labelspace.versions import describe, diff_labels
+
+        shown = _read_labels(file)
+        if save is not None:
+            save_labels(shown, save)
+            typer.echo(f"{save}: {len(shown):,} labels")
+        if diff is not None:
+            newer = _read_labels(diff)
+            changes = describe(diff_labels(shown, newer), shown, newer)
+            typer.echo("\n".join(map(printable, changes)) or "no changes")
+        if save is None and diff is None:
+            width = max(_console().width, 40)
+            typer.echo(tree_text(shown, depth=depth, width=width, most_children=most))
+
+
+def _read_labels(file: Path) -> "LabelSpace":
+    """The labels of any kind of file; what had to be changed to read it is told on stderr."""
+    from llmlabel.labelspace import load_labels
+    from llmlabel.labelspace.sources import import_labels
+    from llmlabel.labelspace.show import printable
+
+    try:
+        return load_labels(file)
+    except ValueError:  # it is no label file, or a broken one
+        pass
+    cleaning = import_labels(file)
+    for change in cleaning.summary().splitlines():
+        typer.echo(printable(f"{file}: {change}"), err=True)
+    return cleaning.labels
 
 
 def _run(recipe: str, overrides: list[str], output: Path, allow: list[str], *, force: bool) -> None:

@@ -20,6 +20,9 @@ from llmlabel.calibrate.conformal import Conformal
 from llmlabel.files import commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
+from llmlabel.report.measure import values_of
+from llmlabel.report.taxonomy import costs, hierarchy, rounds
+from llmlabel.taxonomy.induce import Taxonomy
 
 LOW_MARGIN = 0.2
 """Below this a row's margin is named as a reason to look at it."""
@@ -43,6 +46,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     title: str = "llmlabel report",
     conformal: Conformal | None = None,
     model: Path | None = None,
+    taxonomy: Taxonomy | list[dict[str, Any]] | None = None,
     review_rows: int = 25,
 ) -> dict[str, Any]:
     """Measures every source and writes `report.json` and `report.html` into `output`.
@@ -60,6 +64,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         title: Of the page.
         conformal: What made the sets; its promise is shown beside what was measured.
         model: A model folder, whose `model_card.json` is shown.
+        taxonomy: How the labels were found, or its `history`; every round is shown.
         review_rows: How many of the most uncertain rows are listed.
 
     Returns:
@@ -92,6 +97,15 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         "provenance": _provenance(run, model),
         "overlap": measure.overlap(run),
     }
+    report |= {
+        name: part
+        for name, part in (
+            ("hierarchy", hierarchy(run)),
+            ("costs", costs(run, report["sources"])),
+            ("taxonomy", rounds(taxonomy)),
+        )
+        if part is not None
+    }
     report["summary"] = _summary(run, report)
     report = _plain(report)
     html = page.render(run, report, _plain(review), title=title)
@@ -115,6 +129,9 @@ def _summary(run: measure.Run, report: dict[str, Any]) -> dict[str, Any]:
             summary[f"{main} of {name}"] = numbers[main]
     student = report["sources"][run.student]
     summary |= {key: student[key] for key in ("macro_f1", "ece", "nll", "aurc") if key in student}
+    for name, scores in report.get("hierarchy", {}).get("sources", {}).items():
+        if "f1" in scores:
+            summary[f"hierarchical_f1 of {name}"] = scores["f1"]
     for key in (
         *("target", "coverage", "promised_low", "promised_high"),
         *("mean_set_size", "empty_sets", "rows_for_a_human"),
@@ -138,7 +155,7 @@ def _review(run: measure.Run, rows: int) -> list[dict[str, Any]]:
     score = np.round(1 - margin + select.vote_entropy(coded), 9)  # rounding must not break a tie
     names = measure.names_of(run.labels)
     gold = {int(row): run.gold[at] for at, row in enumerate(run.rows)}
-    errors = {name: _column(table, "error") for name, table in run.tables.items()}
+    errors = {name: values_of(table, "error") for name, table in run.tables.items()}
     found = []
     for row in np.argsort(-score, kind="stable")[:rows].tolist():
         why = [
@@ -173,6 +190,8 @@ def _review(run: measure.Run, rows: int) -> list[dict[str, Any]]:
 
 def _answers(run: measure.Run, name: str) -> list[tuple[int, ...] | None]:
     """What a source says: its first label, or every label of at least 0.5; None without a label."""
+    if name in run.said:
+        return [(label,) if label >= 0 else None for label in run.said[name].tolist()]
     soft = run.soft[name]
     probs = soft.probs if run.labels.multilabel else soft.top(1).probs
     answers: list[tuple[int, ...] | None] = []
@@ -202,18 +221,14 @@ def _short(text: str, characters: int) -> str:
     return f"{head.rsplit(' ', 1)[0] if ' ' in head[characters // 2 :] else head} …"
 
 
-def _column(table: Dataset, name: str) -> list[Any]:
-    return table[name][:] if name in table.column_names else [None] * len(table)
-
-
 def _values(table: Dataset, name: str) -> list[str]:
-    return sorted({str(value) for value in _column(table, name) if value is not None})
+    return sorted({str(value) for value in values_of(table, name) if value is not None})
 
 
 def _errors(table: Dataset) -> dict[str, int]:
     """Rows by message, the most frequent first; numbers in a message are replaced by #."""
     messages = Counter(
-        re.sub(r"\d+", "#", _short(error, 200)) for error in _column(table, "error") if error
+        re.sub(r"\d+", "#", _short(error, 200)) for error in values_of(table, "error") if error
     )
     return dict(sorted(messages.items(), key=lambda item: (-item[1], item[0])))
 
@@ -256,9 +271,9 @@ def _provenance(run: measure.Run, model: Path | None) -> dict[str, Any]:
 
 def _origin(run: measure.Run, name: str) -> dict[str, Any]:
     table = run.tables[name]
-    weights = [value for value in _column(table, "weight") if value is not None]
-    masses = [value for value in _column(table, "label_mass") if value is not None]
-    votes = {vote["source"] for row in _column(table, "votes") for vote in row or []}
+    weights = [value for value in values_of(table, "weight") if value is not None]
+    masses = [value for value in values_of(table, "label_mass") if value is not None]
+    votes = {vote["source"] for row in values_of(table, "votes") for vote in row or []}
     return {
         "rows": len(table),
         "rows_without_label": int((np.diff(run.soft[name].probs.indptr) == 0).sum()),

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from llmlabel import metrics
 from llmlabel.calibrate.conformal import Conformal
 from llmlabel.data import gold_index, gold_matrix, plain_words, require_columns
-from llmlabel.labelspace import LabelSpace
+from llmlabel.labelspace import LabelSpace, graph
 from llmlabel.softlabels import SoftLabels
 
 MOST_LABELS = 20
@@ -22,7 +22,7 @@ MOST_POINTS = 200
 
 NO_LABEL = "no label"
 
-_MAY_HAVE = ("error", "set_ids", "votes", "weight", "label_mass")
+_MAY_HAVE = ("error", "set_ids", "votes", "weight", "label_mass", "calls", "prompt_tokens")
 """Columns of a source that are read where they are there."""
 
 
@@ -48,6 +48,8 @@ class Run:
     """The line of a table or plot that each label belongs to."""
     lines: list[str]
     """Their names: labels, then one for all labels that are too many to show."""
+    said: dict[str, Int[np.ndarray, " rows"]]
+    """In a hierarchy of single labels each source's answers, -1 without one; else empty."""
 
     @property
     def table(self) -> Dataset:
@@ -119,8 +121,14 @@ def gather(
                 )
     return Run(
         *(tables, soft, labels, student, befores, split, conformal),
-        *(measured, rows, gold, sets, groups, lines),
+        *(measured, rows, gold, sets, groups, lines, _said(soft, labels)),
     )
+
+
+def _said(soft: dict[str, SoftLabels], labels: LabelSpace) -> dict[str, Int[np.ndarray, " rows"]]:
+    if labels.is_flat or labels.multilabel:
+        return {}
+    return {name: graph.answers(one.probs, labels) for name, one in soft.items()}
 
 
 def _in_order(table: Dataset, name: str, first: Dataset, first_name: str) -> Dataset:
@@ -204,6 +212,22 @@ def _dense(run: Run, name: str) -> Float[np.ndarray, "gold_rows labels"]:
     return run.soft[name].probs[run.rows].astype(np.float64).toarray()
 
 
+def _answer_probs(run: Run, name: str) -> Float[np.ndarray, "gold_rows labels"]:
+    """The most probable label of each row is the answer: in a hierarchy nothing else is left."""
+    probs = _dense(run, name)
+    if name not in run.said:
+        return probs
+    rows, said = np.arange(len(probs)), run.said[name][run.rows]
+    answered = np.zeros_like(probs)
+    answered[rows, said] = np.where(said >= 0, probs[rows, said], 0.0)
+    return answered
+
+
+def values_of(table: Dataset, name: str) -> list[Any]:
+    """Its values; nulls where there is no such column."""
+    return table[name][:] if name in table.column_names else [None] * len(table)
+
+
 def measure(run: Run, name: str) -> dict[str, Any]:
     """How good the first label and the probabilities of a source are."""
     result: dict[str, Any] = {"before": run.befores.get(name), "gold_rows": len(run.rows)}
@@ -216,8 +240,9 @@ def measure(run: Run, name: str) -> dict[str, Any]:
             "micro_f1": metrics.micro_f1(said, gold),
             "macro_f1": metrics.macro_f1_multilabel(said, gold),
         }
-    said = metrics.predicted(probs)
-    accuracy = metrics.accuracy(probs, gold)
+    answered = _answer_probs(run, name)
+    said = metrics.predicted(answered)
+    accuracy = metrics.accuracy(answered, gold)
     low, high = metrics.binomial_interval(round(accuracy * len(gold)), len(gold))
     return result | {
         "accuracy": accuracy,
@@ -226,8 +251,8 @@ def measure(run: Run, name: str) -> dict[str, Any]:
         "macro_f1": metrics.macro_f1(said, gold, len(run.labels)),
         "nll": metrics.nll(probs, gold),
         "brier": metrics.brier(probs, gold),
-        "ece": metrics.ece(probs, gold),
-        "aurc": metrics.aurc(probs.max(axis=1), metrics.correct(probs, gold)),
+        "ece": metrics.ece(answered, gold),
+        "aurc": metrics.aurc(answered.max(axis=1), metrics.correct(answered, gold)),
     }
 
 
@@ -285,7 +310,7 @@ def confusion(run: Run) -> dict[str, Any] | None:
     """Counts of the student's answers (columns) by true label (rows), unlabelled ones included."""
     if not run.single_gold:
         return None
-    said = run.lines_of(metrics.predicted(_dense(run, run.student)))
+    said = run.lines_of(metrics.predicted(_answer_probs(run, run.student)))
     lines = [*run.lines, NO_LABEL]
     counts = metrics.confusion(said, run.lines_of(run.gold), len(lines))
     rows, columns = (len(lines) - (not counts[-1].any()), len(lines) - (not counts[:, -1].any()))
@@ -312,7 +337,7 @@ def curves(run: Run) -> dict[str, Any]:
     """Reliability diagram and risk-coverage curve of the student; None where they have no meaning."""
     if not run.single_gold:
         return {"reliability": None, "risk_coverage": None}
-    probs = _dense(run, run.student)
+    probs = _answer_probs(run, run.student)
     correct = metrics.correct(probs, run.gold)
     kept, risk = metrics.risk_coverage(probs.max(axis=1), correct)
     some = np.unique(np.linspace(0, len(kept) - 1, MOST_POINTS).round().astype(int))

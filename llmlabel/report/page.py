@@ -1,24 +1,21 @@
 """The web page of a report: figures and tables of its numbers, in one file without scripts."""
 
 import json
-import re
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
+from llmlabel.labelspace.show import printable, tree_html
 from llmlabel.report import plots
 from llmlabel.report.measure import Run
+from llmlabel.report.taxonomy import score_series
 
 MOST_MESSAGES = 20
 MOST_LISTED_LABELS = 200
+MOST_ROUNDS = 200
 CELL_CHARACTERS = 300
-
-# Control characters, what reorders the text around it, halves of characters, non-characters.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 
 _COLUMNS = {
     "accuracy": ("accuracy", True),
@@ -68,6 +65,11 @@ def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, ti
         label_list=provenance["labels"][:MOST_LISTED_LABELS],
         labels_left_out=max(0, len(run.labels) - MOST_LISTED_LABELS),
         card=list(_flat(provenance["model_card"] or {})),
+        hierarchy=report.get("hierarchy"),
+        tree=_tree(run, report),
+        costs=report.get("costs"),
+        rounds=report.get("taxonomy"),
+        most_rounds=MOST_ROUNDS,
         report=report,
         review=review,
         figures=_figures(run, report),
@@ -84,7 +86,7 @@ def _clean(value: Any) -> Any:
     from markupsafe import Markup
 
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNSAFE.sub("\ufffd", value)
+        return printable(value)
     return value
 
 
@@ -139,6 +141,25 @@ def _key_facts(run: Run, report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _between(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {percent(high)}"
+
+
+def _tree(run: Run, report: dict[str, Any]) -> Any:
+    """The label space as markup, with the rows that the student answers at or below each label."""
+    from markupsafe import Markup
+
+    if "hierarchy" not in report:
+        return None
+    rows, gold = report["hierarchy"]["rows"], report["hierarchy"]["gold"]
+    details = None
+    if gold is not None:
+        details = [
+            f"{gold.get(id, 0):,} true" if gold.get(id) or rows.get(id) else ""
+            for id in run.labels.ids
+        ]
+    # Every text in it is escaped there
+    return Markup(
+        tree_html(run.labels, counts=[rows.get(id, 0) for id in run.labels.ids], details=details)
+    )
 
 
 def _errors(report: dict[str, Any]) -> list[tuple[str, int, str]]:
@@ -216,6 +237,7 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "wide": len(matrix["predicted"]) > 8,
         }
     figures |= _shares(run, report)
+    figures |= _taxonomy(run, report)
     return {name: {"wide": False, **figure} for name, figure in figures.items()}
 
 
@@ -279,3 +301,28 @@ def _shares(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         for name, values in shares.items()
     }
+
+
+def _taxonomy(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Quality against cost, and the scores of the rounds that found the labels."""
+    figures = {}
+    key = "micro_f1" if run.labels.multilabel else "accuracy"
+    points = [
+        (name, row["prompt_tokens"], row[key], name == run.student)
+        for name, row in report.get("costs", {}).items()
+        if key in row and row["prompt_tokens"] is not None
+    ]
+    if len(points) > 1:
+        quantity = _COLUMNS[key][0]
+        figures["costs"] = {
+            "src": plots.costs(points, quantity=quantity),
+            "alt": f"{quantity} and prompt tokens a row: "
+            + "; ".join(f"{name} {percent(y)}, {x:,.0f}" for name, x, y, _ in points),
+        }
+    if series := score_series(report.get("taxonomy", [])):
+        figures["scores"] = {
+            "src": plots.scores(series),
+            "alt": "Scores of the rounds: "
+            + "; ".join(", ".join(f"{score:g}" for score in line) for line in series[:12]),
+        }
+    return figures

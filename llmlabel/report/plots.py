@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from llmlabel.labelspace.show import printable
+
 INK, MUTED, RULE, ACCENT = "#1d2125", "#6b737c", "#d9dde1", "#0b6b75"
 NAME_CHARACTERS = 24
 
@@ -283,11 +285,57 @@ def shares(
     return _svg(draw, width=3.5, height=0.25 + 0.27 * len(names))
 
 
+def costs(points: Sequence[tuple[str, float, float, bool]], *, quantity: str) -> str:
+    """A dot for each source: prompt tokens a row, and the share `quantity`; the bool is its accent."""
+
+    def draw(axes: Any) -> None:
+        tokens = [x for _, x, _, _ in points]
+        shares = [y for _, _, y, _ in points]
+        axes.set_xlim(0, 1.25 * max(tokens))
+        low, high = min(shares), max(shares)
+        room = max(0.05, 0.25 * (high - low))
+        axes.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+        for number, (name, x, y, accent) in enumerate(points, start=1):
+            color = ACCENT if accent else INK
+            axes.plot(x, y, "o", color=color, markersize=7, clip_on=False)
+            left = x > 0.7 * max(tokens)
+            axes.annotate(
+                drawable(name, f"source {number}"),
+                (x, y),
+                xytext=(-8 if left else 8, 4),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                color=color,
+                weight="bold" if accent else "normal",
+            )
+        axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+        axes.set(xlabel="prompt tokens a row", ylabel=quantity)
+        axes.grid(visible=True)
+        _percent(axes.yaxis)
+
+    return _svg(draw, width=4.6, height=3.0)
+
+
+def scores(series: Sequence[Sequence[float]]) -> str:
+    """A line for each run: the model's rating, 0 to 100, of the labels before each round."""
+
+    def draw(axes: Any) -> None:
+        for line in series:
+            axes.plot(
+                range(1, len(line) + 1), line, color=ACCENT, alpha=0.75, lw=1.4, marker="o", ms=3.5
+            )
+        axes.set(ylim=(-2, 102), xlabel="rating", ylabel="score")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=True)
+
+    return _svg(draw, width=4.6, height=2.4)
+
+
 def drawable(name: str, otherwise: str, *, characters: int = NAME_CHARACTERS) -> str:
     """The name on one line, shortened, or `otherwise` where the font lacks one of its characters."""
     from matplotlib.font_manager import findfont, get_font
 
-    name = " ".join(name.split())
+    name = " ".join(printable(name).split())
     font = get_font(findfont("DejaVu Sans"))
     if not name or not all(font.get_char_index(ord(character)) for character in name):
         return otherwise
