@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from llmlabel.data import require_columns
 from llmlabel.engine import Engine
@@ -48,7 +48,8 @@ def batch_calibration(dataset: Dataset, labels: LabelSpace) -> Dataset:
 
     Zhou et al., "Batch Calibration" (arXiv 2309.17249). It helps where labels are about equally
     frequent in the rows, or at least unrelated to what the source prefers; it needs no gold. A row's
-    result depends on the rows it is given with.
+    result depends on the rows it is given with. Where rows have `candidates`, the mean of a label is
+    that over the rows that may be answered with it.
 
     Differs from the paper: the mean is taken of log-probabilities, so the correction does not depend
     on how sharp the source is.
@@ -57,12 +58,16 @@ def batch_calibration(dataset: Dataset, labels: LabelSpace) -> Dataset:
         dataset: rows with soft labels; rows without one count for nothing and stay without.
         labels: their label space, single-label.
     """
+    allowed = _candidates(dataset, labels)
 
     def weigh(log_probs: _LogProbs, source: str | None) -> _Weights:
         _refuse_few(log_probs, source)
-        return -log_probs.mean(axis=0)
+        if allowed is None:
+            return -log_probs.mean(axis=0)
+        known = ~np.isnan(log_probs)
+        return -np.where(known, log_probs, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
 
-    return _corrected(dataset, labels, weigh)
+    return _corrected(dataset, labels, weigh, allowed=allowed)
 
 
 def content_free_calibration(
@@ -306,10 +311,12 @@ def _corrected(
     weigh: Callable[[_LogProbs, str | None], _Weights],
     *,
     floor: float = _FLOOR,
+    allowed: Bool[np.ndarray, "rows labels"] | None = None,
 ) -> Dataset:
     """Soft labels and votes of label orders, each with the weights that `weigh` finds for them.
 
-    `weigh` sees the log-probabilities of the rows that have some, and the source of the votes.
+    `weigh` sees the log-probabilities of the rows that have some, NaN where a label is not
+    `allowed`, and the source of the votes.
     """
 
     def weighted(soft: SoftLabels, source: str | None) -> SoftLabels:
@@ -317,7 +324,8 @@ def _corrected(
         if not has_label.any():
             return soft
         log_probs = _log_probs(soft, floor)
-        log_probs = log_probs + weigh(log_probs[has_label], source)
+        shown = log_probs if allowed is None else np.where(allowed, log_probs, np.nan)
+        log_probs = log_probs + weigh(shown[has_label], source)
         # A label that is not stored stays so, and what it would get is the missing mass.
         spread = SoftLabels.from_scores(log_probs, labels).dense()
         probs = np.where(soft.dense() > 0, spread, 0.0)
@@ -331,6 +339,18 @@ def _corrected(
     votes = order_votes(dataset, labels)
     whole = {name: weighted(one, name) for name, one in votes.items() if is_whole(one)}
     return with_order_votes(done, whole)
+
+
+def _candidates(dataset: Dataset, labels: LabelSpace) -> Bool[np.ndarray, "rows labels"] | None:
+    """Whether each row may be answered with each label; None where all rows may with all."""
+    if "candidates" not in dataset.column_names:
+        return None
+    require_columns(dataset, "candidates")
+    allowed = np.ones((len(dataset), len(labels)), dtype=bool)
+    for row, some in enumerate(dataset["candidates"][:]):
+        if some is not None:
+            allowed[row] = np.isin(np.arange(len(labels)), some)
+    return allowed
 
 
 def _log_probs(soft: SoftLabels, floor: float) -> _LogProbs:

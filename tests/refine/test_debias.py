@@ -1,10 +1,12 @@
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from reference import debias as reference
 
+from llmlabel.data import with_columns
 from llmlabel.engine import Scores
 from llmlabel.engine.fake import FakeEngine
 from llmlabel.labelspace import load_labels
@@ -393,3 +395,26 @@ def test_em_finds_the_mix_of_a_calibrated_source() -> None:
     assert np.abs(dense(shifted) - exact).max() < 0.05
     right = [(dense(one).argmax(axis=1) == gold).mean() for one in (rows, shifted)]
     assert right[1] > right[0] + 0.02
+
+
+def test_the_mean_of_a_label_is_over_the_rows_that_may_have_it() -> None:
+    """Else a label that is seldom a candidate would get a weight that beats every text."""
+    rng = np.random.default_rng(0)
+    candidates = [[0, 1]] * 10 + [[0, 1, 2]] * 3 + [None]  # null: all may
+    probs = np.zeros((14, 3))
+    for row, some in enumerate(candidates):
+        probs[row, some or [0, 1, 2]] = rng.dirichlet(np.ones(len(some or "abc")))
+    rows = table(probs)
+    rows = with_columns(rows, {"candidates": (candidates, List(Value("int32")))})
+    got = dense(batch_calibration(rows, LABELS))
+    for row in range(14):
+        weighed = [
+            math.exp(
+                math.log(probs[row, label])
+                - np.mean([math.log(p) for p in probs[:, label].tolist() if p > 0])
+            )
+            if probs[row, label] > 0
+            else 0.0
+            for label in range(3)
+        ]
+        np.testing.assert_allclose(got[row], np.array(weighed) / sum(weighed), atol=1e-6)
