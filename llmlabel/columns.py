@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "summary": "string or null: what the text is about, in few words",
     "terms": "list<string>: words of the text that name something of its domain",
     "types": "list<string>: the kinds of things that its terms are",
+    "absent_terms": "list<string>: terms that a model named and that do not stand in the text",
     "calls": "int32: prompts that were read for the row",
     "prompt_tokens": "int32 or null: their tokens",
 }
@@ -73,6 +74,8 @@ ADDED_BY = {
     **dict.fromkeys(("cluster", "centrality"), "llmlabel.taxonomy.cluster.cluster_texts adds it"),
     **dict.fromkeys(("query", "query_reason"), "llmlabel.taxonomy.discover.discover adds it"),
     "summary": "llmlabel.taxonomy.induce.summarise adds it",
-    **dict.fromkeys(("terms", "types"), "llmlabel.taxonomy.ontology.extract adds it"),
+    **dict.fromkeys(
+        ("terms", "types", "absent_terms"), "llmlabel.taxonomy.ontology.extract adds it"
+    ),
     **dict.fromkeys(("calls", "prompt_tokens"), "llmlabel.label.hierarchy.label_hierarchy adds it"),
 }
