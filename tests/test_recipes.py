@@ -68,16 +68,36 @@ def overrides(name: str, tiny_encoder: Path) -> list[str]:
             "engine: '${engine}', labels: '${labels}'}",
             "texts.shares={train: 0.3, validation: 0.25, calibration: 0.25, test: 0.2}",
         ],
+        "taxonomy": [*FAKE, "found.max_labels=4", "found.batch_rows=25", "found.levels=2"],
+        "tnt_llm": [
+            *FAKE,
+            "articles.path=corpus",
+            f"minilm={tiny_encoder}",
+            "student.max_length=128",
+            "texts.shares={sample: 0.5, train: 0.3, test: 0.2}",
+        ],
+        "htc_topdown": [
+            *FAKE,
+            "articles.path=corpus",
+            f"minilm={tiny_encoder}",
+            "labels.source=[{id: pet}, {id: cat, parent: pet}, {id: thing}, "
+            "{id: money, parent: thing}, {id: mat, parent: thing}]",
+        ],
+        "ontology": [*FAKE, f"minilm={tiny_encoder}"],
     }[name]
 
 
 def test_all_recipes_are_found() -> None:
     assert [path.stem for path in RECIPES] == [
         "calibrate",
+        "htc_topdown",
         "label",
+        "ontology",
         "quickstart",
         "report",
         "selftrain",
+        "taxonomy",
+        "tnt_llm",
         "train",
     ]
 
