@@ -52,6 +52,12 @@ COLUMNS: dict[str, str] = {
     "weight": "float32: training weight",
     "set_ids": "list<int32>: positions of the labels of the prediction set",
     "split": "string: the part of the data that the row belongs to",
+    "vector": "list<float32>: the text's embedding; null = nothing to read",
+    "selected": "bool: whether a selector takes the row",
+    "select_score": "float32 or null: how much it wants it, higher is sooner",
+    "select_reason": "string or null: why it was taken or left out",
+    "band": "string or null: what was done with the soft label (keep, soften, replace, drop)",
+    "added_ids": "list<int32>: labels added to incomplete gold",
     "summary": "string or null: what the text is about, in few words",
     "terms": "list<string>: words of the text that name something of its domain",
     "types": "list<string>: the kinds of things that its terms are",
@@ -60,6 +66,7 @@ COLUMNS: dict[str, str] = {
 }
 
 _READABLE = {
+    "bool": r"bool",
     "string": r"(large_)?string(_view)?",
     "float32": r"u?int\d+|float|double|halffloat",
     "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
@@ -86,6 +93,11 @@ _ADDED_BY = {
     "votes": "llmlabel.label.direct.label_direct(..., orders=N) adds it",
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
+    "vector": "llmlabel.label.embedding.embed adds it",
+    **dict.fromkeys(
+        ("selected", "select_score", "select_reason"),
+        "a selector such as llmlabel.select.uncertain.select_uncertain adds it",
+    ),
     "summary": "llmlabel.taxonomy.induce.summarise adds it",
     **dict.fromkeys(("terms", "types"), "llmlabel.taxonomy.ontology.extract adds it"),
     **dict.fromkeys(
