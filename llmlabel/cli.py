@@ -175,8 +175,8 @@ def labels(
 def _read_labels(file: Path) -> "LabelSpace":
     """The labels of any kind of file; what had to be changed to read it is told on stderr."""
     from llmlabel.labelspace import load_labels
-    from llmlabel.labelspace.sources import import_labels
     from llmlabel.labelspace.show import printable
+    from llmlabel.labelspace.sources import import_labels
 
     try:
         return load_labels(file)

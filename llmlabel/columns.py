@@ -25,6 +25,11 @@ COLUMNS: dict[str, str] = {
     "centrality": "float32 or null: cosine with the mean of the cluster",
     "query": "int32 or null: place among the rows to ask a person about, from 1",
     "query_reason": "string or null: what is doubtful about the row",
+    "agreement": "int32: number of sources whose most probable label is the row's",
+    "spans": "list<struct<start, end, label_id, prob, agreement>>: labelled stretches of the text",
+    "view_variance": "float32 or null: how far views of the row differ",
+    "view_entropy": "float32 or null: entropy of their mean",
+    "softness": "float32 or null: their product",
     "selected": "bool: whether a selector takes the row",
     "select_score": "float32 or null: how much it wants it, higher is sooner",
     "select_reason": "string or null: why it was taken or left out",
@@ -47,6 +52,7 @@ READABLE = {
     "int32": r"u?int\d+",
     "list<string>": r"\w*list<[^:]+: ((large_)?string(_view)?|null)\b.*",
     "list<struct<text, label>>": r"\w*list<[^:]+: (struct<(text|label): .*|null\b.*)",
+    "list<struct<start, end, label_id, prob, agreement>>": r"\w*list<[^:]+: (struct<start: .*|null\b.*)",
     "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
 }
 """Types of `COLUMNS` -> the Arrow types, as text, whose values can be read as that."""
@@ -63,7 +69,11 @@ ADDED_BY = {
     "candidates": "llmlabel.label.shortlist.shortlist adds it",
     "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
     **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
-    "votes": "llmlabel.label.direct.label_direct(..., orders=N) adds it",
+    "votes": "llmlabel.label.direct.label_direct(..., orders=N) or llmlabel.refine.votes.add_votes adds it",
+    "agreement": "llmlabel.refine.aggregate.aggregate adds it",
+    **dict.fromkeys(
+        ("view_variance", "view_entropy", "softness"), "llmlabel.refine.views.add_softness adds it"
+    ),
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",
     "vector": "llmlabel.label.embedding.embed adds it",

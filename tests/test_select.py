@@ -1,10 +1,18 @@
 import numpy as np
 import pytest
-from datasets import Dataset, Value
+from datasets import Dataset, List, Value
 
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
-from llmlabel.select import keep_confident, margins, row_weights, vote_entropy
+from llmlabel.select import (
+    chosen,
+    id_ranks,
+    keep_confident,
+    margins,
+    row_vectors,
+    row_weights,
+    vote_entropy,
+)
 from llmlabel.softlabels import SoftLabels
 
 
@@ -82,3 +90,44 @@ def test_ties_do_not_depend_on_the_order_of_rows() -> None:
 def test_share_is_checked(share: float) -> None:
     with pytest.raises(ValueError, match="share must be above 0"):
         keep_confident(table(PROBS), LABELS, share=share)
+
+
+# ------------------------------------------------------------ what the selectors have in common
+
+
+def test_chosen_rows_come_best_first_and_equal_ones_by_id() -> None:
+    rows = with_columns(
+        table(PROBS),
+        {
+            "selected": ([True, False, True, True, True, False], Value("bool")),
+            "select_score": ([0.5, 9.0, 0.7, 0.5, None, 1.0], Value("float32")),
+        },
+    )
+    assert chosen(rows)["id"][:] == ["r2", "r0", "r3", "r4"]
+    assert chosen(rows.select([5, 4, 3, 2, 1, 0]))["id"][:] == ["r2", "r0", "r3", "r4"]
+    with pytest.raises(ValueError, match="column 'selected' is missing"):
+        chosen(table(PROBS))
+
+
+def test_ids_decide_the_order_and_must_be_unique() -> None:
+    assert id_ranks(Dataset.from_dict({"id": ["b", "c", "a"]})).tolist() == [1, 2, 0]
+    assert id_ranks(Dataset.from_dict({"id": [30, 4]})).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="the id 'x' is there more than once"):
+        id_ranks(Dataset.from_dict({"id": ["x", "y", "x"]}))
+
+
+def test_vectors_are_one_matrix_or_the_row_is_named() -> None:
+    def rows(*vectors) -> Dataset:
+        return with_columns(
+            Dataset.from_dict({"id": [f"r{i}" for i in range(len(vectors))]}),
+            {"vector": (list(vectors), List(Value("float32")))},
+        )
+
+    assert row_vectors(rows([1, 2], [3, 4])).tolist() == [[1, 2], [3, 4]]
+    assert row_vectors(rows([1, 2], [3, 4]).select([1])).tolist() == [[3, 4]]
+    with pytest.raises(ValueError, match="'r1' has a vector of 1 numbers, the first row has 2"):
+        row_vectors(rows([1, 2], [3]))
+    with pytest.raises(ValueError, match="'r1' has a vector of 0 numbers"):
+        row_vectors(rows([1, 2], None))
+    with pytest.raises(ValueError, match="'r0' has a vector that is not finite"):
+        row_vectors(rows([1, float("nan")], [1, 2]))

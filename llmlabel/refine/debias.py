@@ -192,7 +192,7 @@ def match_prior(
         prior: the share of each label, by id or name, known from elsewhere or by `estimate_prior`;
             all equal, as in the paper, when left out.
     """
-    shares = _shares(prior, labels, "prior")
+    shares = given_shares(prior, labels, "prior")
 
     def weigh(log_probs: _LogProbs, source: str | None) -> _Weights:
         _refuse_few(log_probs, source)
@@ -222,8 +222,8 @@ def shift_prior(
         source_prior: the share of each label in what the source learned from; all equal when left
             out, which is also what a content-free correction leaves.
     """
-    old = _shares(source_prior, labels, "source_prior")
-    new = None if prior is None else _shares(prior, labels, "prior")
+    old = given_shares(source_prior, labels, "source_prior")
+    new = None if prior is None else given_shares(prior, labels, "prior")
 
     def weigh(log_probs: _LogProbs, source: str | None) -> _Weights:
         shares = new
@@ -250,7 +250,7 @@ def estimate_prior(
     soft = _single(dataset, labels)
     log_probs = _log_probs(soft, _ZERO)[np.diff(soft.probs.indptr) > 0]
     _refuse_few(log_probs, None)
-    shares = em_prior(np.exp(log_probs), _shares(source_prior, labels, "source_prior"))
+    shares = em_prior(np.exp(log_probs), given_shares(source_prior, labels, "source_prior"))
     return dict(zip(labels.ids, shares.tolist(), strict=True))
 
 
@@ -377,7 +377,8 @@ def _refuse_few(log_probs: _LogProbs, source: str | None) -> None:
         )
 
 
-def _shares(given: Mapping[str, float] | None, labels: LabelSpace, name: str) -> _Shares:
+def given_shares(given: Mapping[str, float] | None, labels: LabelSpace, name: str) -> _Shares:
+    """Shares of the labels, in their order, from a mapping of ids or names; equal ones for None."""
     if given is None:
         return np.full(len(labels), 1 / len(labels))
     shares = np.full(len(labels), np.nan)
