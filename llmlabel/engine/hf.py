@@ -124,10 +124,18 @@ class HFEngine:
                     logits_processor=held,
                 )
             new = out[0, len(ids) :].tolist()
+            self._count(len(ids), len(new))
             ended = any(token in stops for token in new)
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             replies.append(Reply(text, "stop" if ended else "length", error))
         return replies
+
+    def _count(self, prompt_tokens: int, output_tokens: int) -> None:
+        self.usage.requests += 1
+        self.usage.prompt_tokens += prompt_tokens
+        self._decoder.computed_tokens += prompt_tokens
+        self.usage.computed_tokens = self._decoder.computed_tokens
+        self.usage.output_tokens += output_tokens
 
     @torch.inference_mode()
     def score(

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,14 @@ def test_a_held_reply_does_not_depend_on_its_neighbours(engine: HFEngine) -> Non
         engine.generate([chat], max_tokens=60, temperature=1.0, schema=schema) for chat in chats
     ]
     assert [[reply] for reply in together] == alone
+
+
+def test_what_is_written_counts_too(engine: HFEngine) -> None:
+    chats = [render("label/direct", text=text, labels=LABELS) for text in ("the cat", "a mat")]
+    before = dataclasses.replace(engine.usage)
+    engine.generate(chats, max_tokens=3)
+    tokens = sum(len(chat_tokens(engine.tokenizer, chat, max_tokens=500)[0]) for chat in chats)
+    assert engine.usage.requests - before.requests == 2
+    assert engine.usage.prompt_tokens - before.prompt_tokens == tokens
+    assert engine.usage.computed_tokens - before.computed_tokens == tokens
+    assert 2 <= engine.usage.output_tokens - before.output_tokens <= 6

@@ -99,3 +99,12 @@ def test_an_adapter_answers_in_the_models_place(tmp_path: Path) -> None:
     got = engine.score(chats, ["cat", "business"]).log_probs
     assert np.abs(plain - expected).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=2e-3)
+
+
+def test_seeded_replies_to_more_prompts_than_one_step_reads() -> None:
+    from llmlabel.engine.vllm import VLLMEngine
+
+    engine = VLLMEngine(models.SMOLLM2, max_tokens=2048, enforce_eager=True)
+    chats = [render("label/direct", text=f"{i} " + "a word " * 600, labels=["x"]) for i in range(6)]
+    replies = engine.generate(chats, max_tokens=4, temperature=0.7, seed=1)
+    assert all(reply.error is None and reply.text for reply in replies)
