@@ -380,3 +380,18 @@ def _write_csv(dataset: Dataset, file: IO[str], delimiter: str) -> None:
 def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     for batch in arrow_table(dataset).to_batches(max_chunksize=1000):
         yield from batch.to_pylist()
+
+
+def kept_json(file: Path, mark: str) -> dict[str, Any] | None:
+    """What `keep_json` wrote under a mark; None where nothing is, or it is damaged or another's."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(content, dict) and content.get("call") == mark
+    return content["said"] if whole else None
+
+
+def keep_json(file: Path, mark: str, said: dict[str, Any]) -> None:
+    """Keeps JSON for who knows the mark: a call, say, and what was answered to it."""
+    write_text(file, json.dumps({"call": mark, "said": said}, ensure_ascii=False))

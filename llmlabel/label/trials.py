@@ -21,7 +21,7 @@ from llmlabel import metrics
 from llmlabel.blocks import map_blocks
 from llmlabel.data import with_columns
 from llmlabel.engine import Engine
-from llmlabel.files import write_text
+from llmlabel.files import keep_json, kept_json
 from llmlabel.label.direct import UNREAD
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import Chat, prompt_sha, render
@@ -74,11 +74,11 @@ class Trials:
     def once(self, name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `ask` learned from the engine by the `calls` that it tells, now or before a crash."""
         file = None if self.output is None else self.output / "steps" / f"{name}.json"
-        said = None if file is None else _kept(file, self.mark)
+        said = None if file is None else kept_json(file, self.mark)
         if said is None:
             said = ask()
             if file is not None:
-                write_text(file, json.dumps({"call": self.mark, "said": said}))
+                keep_json(file, self.mark, said)
         self.calls += said["calls"]
         return said
 
@@ -179,12 +179,3 @@ def common(shown: Shown) -> list[dict[str, Any]]:
     counts = Counter(json.dumps(some) for some in shown)
     most: list[dict[str, Any]] = json.loads(max(counts, key=lambda some: (counts[some], some)))
     return most
-
-
-def _kept(file: Path, mark: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: asked again
-        return None
-    whole = isinstance(content, dict) and content.get("call") == mark
-    return content["said"] if whole else None

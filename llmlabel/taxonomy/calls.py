@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from llmlabel.engine import Engine, Reply
-from llmlabel.files import write_text
+from llmlabel.files import keep_json, kept_json
 from llmlabel.prompt import Chat
 from llmlabel.taxonomy.guardrails import ReplyError
 from llmlabel.taxonomy.replies import reply_tokens
@@ -143,11 +143,10 @@ class Asker:
         file = self.output / "calls" / f"{name}.json"
         content = json.dumps([version("llmlabel"), self.engine.name, asked])
         mark = hashlib.sha256(content.encode()).hexdigest()
-        if (said := _said(file, mark)) is not None:
+        if (said := kept_json(file, mark)) is not None:
             return said, lambda: None
         said = ask()
-        whole = json.dumps({"call": mark, "said": said}, ensure_ascii=False)
-        return said, lambda: write_text(file, whole)
+        return said, lambda: keep_json(file, mark, said)
 
     def _generate(
         self, chats: Sequence[Chat], schema: dict[str, Any], temperature: float, seed: int
@@ -190,12 +189,3 @@ def _read(read: Callable[[int, str], T], number: int, reply: Reply) -> T:
         if reply.finish_reason != "length":
             raise
         raise ReplyError(f"the reply was too long and has no end; {error}") from None
-
-
-def _said(file: Path, mark: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: asked again
-        return None
-    whole = isinstance(content, dict) and content.get("call") == mark
-    return content["said"] if whole else None

@@ -3,6 +3,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import pytest
+from reference.versions import NEW, OLD, SAME
 
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.labelspace.versions import LabelDiff, describe, diff_labels, merge_labels
@@ -10,40 +11,6 @@ from llmlabel.labelspace.versions import LabelDiff, describe, diff_labels, merge
 
 def space(parents: Mapping[str, Sequence[str]]) -> LabelSpace:
     return load_labels([{"id": id, "parents": list(some)} for id, some in parents.items()])
-
-
-OLD = load_labels(
-    [
-        {"id": "animal"},
-        {"id": "cat", "parent": "animal"},
-        {"id": "dog", "parent": "animal"},
-        {"id": "wolf", "parent": "animal"},
-        {"id": "bird", "name": "birds", "parent": "animal"},
-        {"id": "plant"},
-        {"id": "tree", "parent": "plant"},
-        {"id": "moss", "parent": "plant"},
-        {"id": "stone", "description": "a mineral"},
-    ]
-)
-NEW = load_labels(
-    [
-        {"id": "animal"},
-        {"id": "housecat", "parent": "animal"},
-        {"id": "wildcat", "parent": "animal"},
-        {"id": "canine", "parent": "animal"},
-        {"id": "bird", "name": "feathered", "parent": "animal"},
-        {"id": "plant"},
-        {"id": "tree", "parent": "animal"},
-        {"id": "rock", "name": "stone", "description": "a mineral"},
-        {"id": "fungus"},
-    ]
-)
-SAME = {
-    "cat": ["housecat", "wildcat"],
-    "dog": ["canine"],
-    "wolf": ["canine"],
-    "stone": ["rock"],
-}
 
 
 def test_every_kind_of_change_is_told() -> None:

@@ -1,6 +1,42 @@
-"""Labels carried over to a new version, by loops over lists; labels are ids."""
+"""Labels carried over to a new version, by loops over lists; labels are ids. And an example."""
+
+from llmlabel.labelspace import load_labels
 
 Parents = dict[str, list[str]]
+
+OLD = load_labels(
+    [
+        {"id": "animal"},
+        {"id": "cat", "parent": "animal"},
+        {"id": "dog", "parent": "animal"},
+        {"id": "wolf", "parent": "animal"},
+        {"id": "bird", "name": "birds", "parent": "animal"},
+        {"id": "plant"},
+        {"id": "tree", "parent": "plant"},
+        {"id": "moss", "parent": "plant"},
+        {"id": "stone", "description": "a mineral"},
+    ]
+)
+NEW = load_labels(
+    [
+        {"id": "animal"},
+        {"id": "housecat", "parent": "animal"},
+        {"id": "wildcat", "parent": "animal"},
+        {"id": "canine", "parent": "animal"},
+        {"id": "bird", "name": "feathered", "parent": "animal"},
+        {"id": "plant"},
+        {"id": "tree", "parent": "animal"},
+        {"id": "rock", "name": "stone", "description": "a mineral"},
+        {"id": "fungus"},
+    ]
+)
+SAME = {
+    "cat": ["housecat", "wildcat"],
+    "dog": ["canine"],
+    "wolf": ["canine"],
+    "stone": ["rock"],
+}
+"""What became of the old labels, with every kind of change among it."""
 
 
 def above(parents: Parents, label: str) -> set[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, List, Value
 from reference import versions as reference
+from reference.versions import NEW, OLD, SAME
 from scipy.optimize import linear_sum_assignment
 
 from llmlabel.data import with_columns
@@ -21,40 +22,6 @@ INTS = List(Value("int32"))
 def space(parents: Mapping[str, Sequence[str]], *, multilabel: bool = False) -> LabelSpace:
     entries = [{"id": id, "parents": list(some)} for id, some in parents.items()]
     return load_labels(entries, multilabel=multilabel)
-
-
-OLD = load_labels(
-    [
-        {"id": "animal"},
-        {"id": "cat", "parent": "animal"},
-        {"id": "dog", "parent": "animal"},
-        {"id": "wolf", "parent": "animal"},
-        {"id": "bird", "name": "birds", "parent": "animal"},
-        {"id": "plant"},
-        {"id": "tree", "parent": "plant"},
-        {"id": "moss", "parent": "plant"},
-        {"id": "stone", "description": "a mineral"},
-    ]
-)
-NEW = load_labels(
-    [
-        {"id": "animal"},
-        {"id": "housecat", "parent": "animal"},
-        {"id": "wildcat", "parent": "animal"},
-        {"id": "canine", "parent": "animal"},
-        {"id": "bird", "name": "feathered", "parent": "animal"},
-        {"id": "plant"},
-        {"id": "tree", "parent": "animal"},
-        {"id": "rock", "name": "stone", "description": "a mineral"},
-        {"id": "fungus"},
-    ]
-)
-SAME = {
-    "cat": ["housecat", "wildcat"],
-    "dog": ["canine"],
-    "wolf": ["canine"],
-    "stone": ["rock"],
-}
 
 
 # ------------------------------------------------------------------------------ mapping from rows
