@@ -285,6 +285,9 @@ def shares(
     return _svg(draw, width=3.5, height=0.25 + 0.27 * len(names))
 
 
+_PLACES = ((8, 4, "left"), (8, -13, "left"), (-8, -13, "right"), (-8, 4, "right"))
+
+
 def costs(points: Sequence[tuple[str, float, float, bool]], *, quantity: str) -> str:
     """A dot for each source: prompt tokens a row, and the share `quantity`; the bool is its accent."""
 
@@ -295,19 +298,25 @@ def costs(points: Sequence[tuple[str, float, float, bool]], *, quantity: str) ->
         low, high = min(shares), max(shares)
         room = max(0.05, 0.25 * (high - low))
         axes.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+        taken: list[Any] = []
         for number, (name, x, y, accent) in enumerate(points, start=1):
-            color = ACCENT if accent else INK
-            axes.plot(x, y, "o", color=color, markersize=7, clip_on=False)
-            left = x > 0.7 * max(tokens)
-            axes.annotate(
+            look = {"color": ACCENT if accent else INK}
+            axes.plot(x, y, "o", markersize=7, clip_on=False, **look)
+            look["weight"] = "bold" if accent else "normal"
+            text = axes.annotate(
                 drawable(name, f"source {number}"),
                 (x, y),
-                xytext=(-8 if left else 8, 4),
+                (0, 0),
                 textcoords="offset points",
-                ha="right" if left else "left",
-                color=color,
-                weight="bold" if accent else "normal",
+                **look,
             )
+            places = _PLACES[::-1] if x > 0.7 * max(tokens) else _PLACES
+            for *offset, side in places:  # the first where no other name is
+                text.set(position=offset, ha=side)
+                box = text.get_window_extent()
+                if not any(box.overlaps(other) for other in taken):
+                    break
+            taken.append(box)
         axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
         axes.set(xlabel="prompt tokens a row", ylabel=quantity)
         axes.grid(visible=True)
