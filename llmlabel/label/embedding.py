@@ -1,4 +1,4 @@
-"""Zero-shot labels from a sentence encoder: how close a text lies to each label's description."""
+"""Vectors of texts and labels, and zero-shot labels: how close a text lies to a label's description."""
 
 import hashlib
 import json
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from datasets import Dataset, Value
-from jaxtyping import Float
+from datasets import Dataset, List, Value
+from jaxtyping import Float, Int
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import require_columns, with_columns
+from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
+from llmlabel.select import row_vectors
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 
 
@@ -87,6 +89,91 @@ def label_embedding(
         output=output,
         name="label_embedding",
     )
+
+
+def embed(
+    dataset: Dataset,
+    encoder: str | Path | Encoder,
+    *,
+    block_rows: int = 1024,
+    output: Path | None = None,
+) -> Dataset:
+    """Adds `vector`, the embedding of each text, of length 1; null for a text without a character.
+
+    Args:
+        dataset: rows with `id` and `text`.
+        encoder: path, hub name, `package:` source, or anything with `encode`.
+        block_rows: rows committed at a time.
+        output: folder that keeps finished blocks; the same call continues there.
+    """
+    require_columns(dataset, "id", "text")
+    loaded: list[Encoder] = []
+
+    def compute(block: Dataset) -> Dataset:
+        if not loaded:  # not before a block has to be computed
+            ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+            loaded.append(ready)
+        texts = block["text"][:]
+        readable = [row for row, text in enumerate(texts) if text.strip()]
+        found: list[list[float] | None] = [None] * len(texts)
+        if readable:
+            vectors = unit_vectors(loaded[0], [texts[row] for row in readable]).astype(np.float32)
+            for row, vector in zip(readable, vectors.tolist(), strict=True):
+                found[row] = vector
+        return with_columns(block, {"vector": (found, List(Value("float32")))})
+
+    name = None if output is None else encoder_name(encoder, ["a text", "another"])
+    return map_blocks(
+        dataset,
+        compute,
+        columns=("vector",),
+        key=json.dumps(["embed", name]),
+        block_rows=block_rows,
+        output=output,
+        name="embed",
+    )
+
+
+def embed_labels(labels: LabelSpace, encoder: str | Path | Encoder) -> Dataset:
+    """The labels as rows: `id`, their "name: description" as `text`, and its `vector`."""
+    rows = Dataset.from_dict({"id": list(labels.ids), "text": labels.texts()})
+    return embed(rows, encoder)
+
+
+def label_vectors(anchors: Dataset, labels: LabelSpace) -> Float[np.ndarray, "labels width"]:
+    """The vectors of `embed_labels`, in the order of the labels.
+
+    Raises:
+        ValueError: a label has no row, or its row no vector.
+    """
+    require_columns(anchors, "id", "vector")
+    position = {id: row for row, id in enumerate(anchors["id"][:])}
+    if absent := [id for id in labels.ids if id not in position]:
+        raise ValueError(f"the label {absent[0]!r} has no row in anchors; use embed_labels")
+    vectors, rows = readable_vectors(anchors.select([position[id] for id in labels.ids]))
+    if len(rows) < len(labels):
+        first = min(set(range(len(labels))) - set(rows.tolist()))
+        raise ValueError(f"the label {labels.ids[first]!r} has no vector; give it a name to read")
+    return vectors.astype(np.float64)
+
+
+def readable_vectors(
+    dataset: Dataset,
+) -> tuple[Float[np.ndarray, "readable width"], Int[np.ndarray, " readable"]]:
+    """The vectors, of length 1, of the rows that have one, and the positions of these rows.
+
+    Raises:
+        ValueError: a vector has another width than the first, is not finite, or has length 0.
+    """
+    require_columns(dataset, "id", "vector")
+    valid = arrow_table(dataset.select_columns(["vector"]))["vector"].is_valid()
+    rows = np.flatnonzero(valid.to_numpy())
+    vectors = row_vectors(dataset.select(rows))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not lengths.all():
+        row = dataset[int(rows[lengths[:, 0].argmin()])]
+        raise ValueError(f"row with id {row['id']!r} has a vector of length 0; embed it again")
+    return vectors / lengths, rows
 
 
 def unit_vectors(encoder: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:

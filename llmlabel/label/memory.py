@@ -1,0 +1,362 @@
+"""A pool of vectors with labels that others are compared with, and how rows are labelled by it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Value
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+
+from llmlabel.blocks import map_blocks
+from llmlabel.data import (
+    gold_index,
+    gold_matrix,
+    plain_words,
+    require_columns,
+    with_columns,
+    with_gold,
+)
+from llmlabel.label.embedding import readable_vectors
+from llmlabel.labelspace import LabelSpace
+from llmlabel.select import id_ranks
+from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+
+Answers = Literal["gold", "soft"]
+Search = Literal["exact", "usearch"]
+Own = Sequence[Sequence[int]]
+"""For each row the entries of a pool that are the row itself."""
+
+Read = Callable[[Float[np.ndarray, "rows width"], Own], csr_array]
+"""Vectors of a block and what is itself -> its distributions."""
+
+Nearest = tuple[Int[np.ndarray, "rows k"], Float[np.ndarray, "rows k"]]
+"""Entries of the pool and their cosines, nearest first; -inf where there is no more."""
+
+CHUNK = 8192
+"""Entries of a pool that a block is compared with at a time."""
+
+_OVERSAMPLE = 4
+"""An approximate index is asked for so many times k, of which the nearest are taken exactly."""
+
+_NOT_THERE = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A pool by rising id, so that the order of its rows does not matter."""
+
+    ids: list[str]
+    words: list[str]
+    vectors: Float[np.ndarray, "pool width"]
+    targets: csr_array
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        by_words: dict[str, list[int]] = {}
+        for i, words in enumerate(self.words):
+            by_words.setdefault(words, []).append(i)
+        return {id: i for i, id in enumerate(self.ids)}, by_words
+
+    def itself(self, dataset: Dataset) -> Own:
+        """The entries with the id or the words of each row."""
+        by_id, by_words = self._places
+        found = []
+        for id, text in zip(dataset["id"][:], dataset["text"][:], strict=True):
+            same = {*by_words.get(_words(text), ())}
+            if (place := by_id.get(str(id))) is not None:
+                same.add(place)
+            found.append(sorted(same))
+        return found
+
+    def take(self, entries: Int[np.ndarray, " entries"]) -> "Memory":
+        """The memory of these entries alone."""
+        some = entries.tolist()
+        return Memory(
+            [self.ids[i] for i in some],
+            [self.words[i] for i in some],
+            self.vectors[some],
+            csr_array(self.targets[some]),
+        )
+
+    def digest(self, choice: object) -> str:
+        """8 hex digits of the pool and of what was chosen."""
+        content = hashlib.sha256(json.dumps([choice, self.ids, self.words]).encode())
+        for part in (self.vectors, self.targets.data, self.targets.indices, self.targets.indptr):
+            content.update(np.ascontiguousarray(part).tobytes())
+        return content.hexdigest()[:8]
+
+
+def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> Memory:
+    """The pool rows with a vector and an answer; with `answers` None all that have a vector.
+
+    Raises:
+        ValueError: there are none.
+    """
+    require_columns(pool, "id", "text", "vector")
+    known = with_gold(pool) if answers == "gold" else pool
+    targets = csr_array((len(known), len(labels)))
+    if answers == "gold" and labels.multilabel:
+        targets = csr_array(gold_matrix(known, labels)).astype(np.float64)
+    elif answers == "gold":
+        gold = gold_index(known, labels)
+        given = np.flatnonzero(gold >= 0)
+        targets = csr_array((np.ones(len(given)), (given, gold[given])), targets.shape)
+    elif answers == "soft":
+        targets = SoftLabels.from_dataset(known, labels).probs.astype(np.float64)
+    vectors, rows = readable_vectors(known)
+    if answers == "soft":
+        answered = np.diff(targets.indptr)[rows] > 0
+        vectors, rows = vectors[answered], rows[answered]
+    if not len(rows):
+        what = "a vector" if answers is None else f"a vector and an answer ({answers})"
+        raise ValueError(f"no pool row has {what}; embed the rows, and label some")
+    order = np.argsort(id_ranks(known)[rows])
+    texts, ids = known["text"][:], known["id"][:]
+    places = rows[order].tolist()
+    return Memory(
+        [str(ids[row]) for row in places],
+        [_words(texts[row]) for row in places],
+        np.ascontiguousarray(vectors[order]),
+        csr_array(targets[places]),
+    )
+
+
+def apart(memory: Memory, dataset: Dataset) -> Memory:
+    """The memory without what has the id or the words of a row of the dataset.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    repeated = {i for own in memory.itself(dataset) for i in own}
+    kept = [i for i in range(len(memory.ids)) if i not in repeated]
+    if not kept:
+        raise ValueError(
+            "each pool row is also a row of the dataset; use label_prototypes, which leaves out only "
+            "the row itself"
+        )
+    return memory.take(np.array(kept))
+
+
+def gram(vectors: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "width width"]:
+    """X'X in double precision."""
+    found = np.zeros((vectors.shape[1], vectors.shape[1]))
+    for start in range(0, len(vectors), CHUNK):
+        part = vectors[start : start + CHUNK].astype(np.float64)
+        found += part.T @ part
+    return found
+
+
+def _words(text: str) -> str:
+    return plain_words(text) or text.strip()  # texts of nothing but punctuation are not all equal
+
+
+def label_by_memory(
+    dataset: Dataset,
+    memory: Memory,
+    read: Read,
+    labels: LabelSpace,
+    *,
+    choice: list[object],
+    block_rows: int,
+    output: Path | None,
+) -> Dataset:
+    """Labels block by block by `read`; `choice` is the method's name and what was chosen."""
+    require_columns(dataset, "id", "text", "vector")
+    name = f"{choice[0]}@{memory.digest([*choice, labels.fingerprint])}"
+
+    def compute(block: Dataset) -> Dataset:
+        vectors, rows = readable_vectors(block)
+        probs = csr_array((len(block), len(labels)))
+        if len(rows):
+            check_width(vectors, memory.vectors)
+            found = read(vectors, memory.itself(block.select(rows))).tocoo()
+            probs = csr_array((found.data, (rows[found.row], found.col)), shape=probs.shape)
+        return with_labels(block, probs, rows, labels, name)
+
+    return map_blocks(
+        dataset,
+        compute,
+        columns=LABEL_COLUMNS,
+        key=name,
+        reads=("vector",),
+        block_rows=block_rows,
+        output=output,
+        name=f"label_{choice[0]}",
+    )
+
+
+def with_labels(
+    dataset: Dataset,
+    probs: csr_array,
+    readable: Int[np.ndarray, " readable"],
+    labels: LabelSpace,
+    name: str,
+) -> Dataset:
+    """Adds the columns of a labeler; says why a row has no label."""
+    probs = csr_array(probs)
+    probs.eliminate_zeros()
+    errors: list[str | None] = [
+        "empty text" if not t.strip() else "no vector" for t in dataset["text"]
+    ]
+    for row in readable.tolist():
+        errors[row] = (
+            None if probs.indptr[row] < probs.indptr[row + 1] else _NOBODY[labels.multilabel]
+        )
+    nothing = [None] * len(dataset)
+    soft = SoftLabels(probs, labels.fingerprint, labels.multilabel)
+    return with_columns(
+        soft.add_to(dataset),
+        {
+            "engine": ([name] * len(dataset), Value("string")),
+            "error": (errors, Value("string")),
+            "label_mass": (nothing, Value("float32")),
+            "prompt_sha": (nothing, Value("string")),
+        },
+    )
+
+
+_NOBODY = {False: "no pool row votes for a label", True: None}
+"""In a multi-label space none of the labels is an answer."""
+
+
+def check_width(
+    vectors: Float[np.ndarray, "rows width"], others: Float[np.ndarray, "others other_width"]
+) -> None:
+    """Raises a ValueError for vectors of two encoders."""
+    if vectors.shape[1] != others.shape[1]:
+        raise ValueError(
+            f"the rows have vectors of {vectors.shape[1]} numbers, what they are compared with has "
+            f"{others.shape[1]}; embed both with one encoder"
+        )
+
+
+def check_unknown(unknown: float, labels: LabelSpace) -> None:
+    """Raises a ValueError for a share of missing mass that cannot be."""
+    if not 0 <= unknown < 1:
+        raise ValueError(f"unknown must be at least 0 and below 1; got {unknown}")
+    if unknown and labels.multilabel:
+        raise ValueError("unknown= is missing mass, which a multi-label space has none of; leave 0")
+
+
+def refuse_multilabel(labels: LabelSpace, method: str) -> None:
+    """Raises a ValueError that names what does work in a multi-label space."""
+    if labels.multilabel:
+        raise ValueError(
+            f"{method} needs labels that exclude each other (single-label); label_neighbours and "
+            "label_singular also read multi-label pools"
+        )
+
+
+# --------------------------------------------------------------------------------------- numerics
+
+
+def normalised(logits: Float[np.ndarray, "rows labels"]) -> Float[np.ndarray, "rows labels"]:
+    """Softmax of each row; -inf has probability 0, and a row of nothing else is all 0."""
+    peak = logits.max(axis=1, keepdims=True)
+    odds = np.exp(logits - np.where(np.isfinite(peak), peak, 0.0))
+    total = odds.sum(axis=1, keepdims=True)
+    return odds / np.where(total > 0, total, 1.0)
+
+
+def directions(vectors: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows width"]:
+    """The vectors with length 1; one of length 0 stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def vote(
+    found: Int[np.ndarray, "rows k"], weights: Float[np.ndarray, "rows k"], targets: csr_array
+) -> csr_array:
+    """Sum of the targets of what was found, by weight."""
+    bounds = np.arange(len(found) + 1) * found.shape[1]
+    shape = (len(found), targets.shape[0])
+    return csr_array((weights.ravel(), found.ravel(), bounds), shape) @ targets
+
+
+# ----------------------------------------------------------------------------------------- search
+
+
+def finder(
+    pool: Float[np.ndarray, "pool width"], *, k: int, search: Search
+) -> Callable[[Float[np.ndarray, "rows width"], Own], Nearest]:
+    """What finds the `k` nearest entries of the pool; of equally near ones the first.
+
+    Cosines that differ by less than about 1e-6 count as equal, so that nothing depends on how rows
+    share a matrix product.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, the number of neighbours; got {k}")
+    k = min(k, len(pool))
+    if search == "exact":
+        return lambda vectors, own: _exactly(vectors, pool, k, own)
+    built: list[object] = []
+
+    def approximately(vectors: Float[np.ndarray, "rows width"], own: Own) -> Nearest:
+        if not built:  # not before a block has to be computed
+            built.append(_hnsw(pool))
+        index: Any = built[0]
+        count = min(_OVERSAMPLE * k + max(map(len, own), default=0), len(pool))
+        # one row more, because a lone one is answered in another form
+        matches = index.search(np.concatenate([vectors, vectors[:1]]).astype(np.float32), count)
+        keys = matches.keys[:-1].astype(np.int64)
+        there = np.arange(keys.shape[1]) < matches.counts[:-1, None]
+        for row, entries in enumerate(own):
+            there[row] &= ~np.isin(keys[row], entries)
+        return _ranked(vectors, pool, np.where(there, keys, -1), k)
+
+    return approximately
+
+
+def _hnsw(pool: Float[np.ndarray, "pool width"]) -> object:
+    try:
+        from usearch.index import Index  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise ValueError(
+            "search='usearch' needs the package usearch: pip install usearch, or search='exact'"
+        ) from None
+    index = Index(ndim=pool.shape[1], metric="ip", dtype="f32")
+    index.add(np.arange(len(pool)), pool.astype(np.float32), threads=1)  # the same graph each time
+    return index
+
+
+def _exactly(
+    vectors: Float[np.ndarray, "rows width"],
+    pool: Float[np.ndarray, "pool width"],
+    k: int,
+    own: Own,
+) -> Nearest:
+    best = np.full((len(vectors), 0), _NOT_THERE)
+    for start in range(0, len(pool), CHUNK):
+        cosines = vectors @ pool[start : start + CHUNK].T
+        # One integer an entry, higher is nearer: no two are equal, so the k best are unique.
+        places = np.arange(start, start + cosines.shape[1])
+        keys = (np.rint(cosines * 1e6).astype(np.int64) << 32) - places
+        for row, itself in enumerate(own):
+            inside = [entry - start for entry in itself if 0 <= entry - start < keys.shape[1]]
+            keys[row, inside] = _NOT_THERE
+        best = np.concatenate([best, keys], axis=1)
+        best = np.partition(best, max(best.shape[1] - k, 0), axis=1)[:, -k:]
+    entries = np.where(best == _NOT_THERE, -1, -best & 0xFFFFFFFF)
+    return _ranked(vectors, pool, entries, k)
+
+
+def _ranked(
+    vectors: Float[np.ndarray, "rows width"],
+    pool: Float[np.ndarray, "pool width"],
+    entries: Int[np.ndarray, "rows some"],
+    k: int,
+) -> Nearest:
+    """The `k` nearest of some entries, by cosines in double precision; -1 is no entry."""
+    cosines = np.full(entries.shape, -np.inf)
+    exact = vectors.astype(np.float64)
+    for column in range(entries.shape[1]):  # one at a time: rows x some x width is too much
+        cosines[:, column] = (exact * pool[entries[:, column]]).sum(axis=1)
+    cosines[entries < 0] = -np.inf
+    order = np.lexsort((entries, -cosines.round(6)), axis=1)[:, :k]
+    found = np.take_along_axis(entries, order, axis=1)
+    return np.maximum(found, 0), np.take_along_axis(cosines, order, axis=1)
