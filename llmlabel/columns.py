@@ -25,6 +25,7 @@ COLUMNS: dict[str, str] = {
     "centrality": "float32 or null: cosine with the mean of the cluster",
     "query": "int32 or null: place among the rows to ask a person about, from 1",
     "query_reason": "string or null: what is doubtful about the row",
+    "concepts": "list<struct<field, text>>: what the text is about, field by field",
     "agreement": "int32: number of sources whose most probable label is the row's",
     "spans": "list<struct<start, end, label_id, prob, agreement>>: labelled stretches of the text",
     "view_variance": "float32 or null: how far views of the row differ",
@@ -51,6 +52,7 @@ READABLE = {
     "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
     "int32": r"u?int\d+",
     "list<string>": r"\w*list<[^:]+: ((large_)?string(_view)?|null)\b.*",
+    "list<struct<field, text>>": r"\w*list<[^:]+: (struct<(field|text): .*|null\b.*)",
     "list<struct<text, label>>": r"\w*list<[^:]+: (struct<(text|label): .*|null\b.*)",
     "list<struct<start, end, label_id, prob, agreement>>": r"\w*list<[^:]+: (struct<start: .*|null\b.*)",
     "list<struct<source, label_id, prob>>": r"\w*list<[^:]+: (struct<source: .*|null\b.*)",
@@ -69,7 +71,9 @@ ADDED_BY = {
     "candidates": "llmlabel.label.shortlist.shortlist adds it",
     "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
     **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
-    "votes": "llmlabel.label.direct.label_direct(..., orders=N) or llmlabel.refine.votes.add_votes adds it",
+    "votes": "llmlabel.label.weak.label_weak, llmlabel.refine.votes.add_votes or label_direct(..., "
+    "orders=N) adds it",
+    "concepts": "llmlabel.label.concepts.extract_concepts adds it",
     "agreement": "llmlabel.refine.aggregate.aggregate adds it",
     **dict.fromkeys(
         ("view_variance", "view_entropy", "softness"), "llmlabel.refine.views.add_softness adds it"

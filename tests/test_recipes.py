@@ -84,6 +84,14 @@ def overrides(name: str, tiny_encoder: Path) -> list[str]:
             "{id: money, parent: thing}, {id: mat, parent: thing}]",
         ],
         "ontology": [*FAKE, f"minilm={tiny_encoder}"],
+        "weak": [
+            *FAKE,
+            "labels.source=[cat, money, mat]",
+            "articles.path=corpus",
+            "functions=[{name: cats, label: cat, keywords: [cat]}, "
+            "{name: coins, label: money, regex: 'mon\\w+'}, "
+            "{name: asked, label: mat, question: 'Is it a mat?', threshold: 0.3}]",
+        ],
     }[name]
 
 
@@ -99,6 +107,7 @@ def test_all_recipes_are_found() -> None:
         "taxonomy",
         "tnt_llm",
         "train",
+        "weak",
     ]
 
 

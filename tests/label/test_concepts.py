@@ -12,16 +12,18 @@ from scipy.stats import rankdata, spearmanr
 from llmlabel.data import with_columns
 from llmlabel.engine import Reply
 from llmlabel.engine.fake import FakeEngine
-from llmlabel.label import concepts
+from llmlabel.label import fusion
 from llmlabel.label.concepts import (
     CONCEPTS,
     PATENT_FIELDS,
     ViewWeights,
     calibrate_concepts,
     extract_concepts,
+    label_concepts,
+)
+from llmlabel.label.fusion import (
     fit_weights,
     fuse,
-    label_concepts,
     label_modularity,
     label_similarities,
     positive_only_loss,
@@ -193,7 +195,7 @@ def test_fusion_equals_the_loop(seed: int) -> None:
     np.testing.assert_allclose(fuse(ranks, weights), scores, atol=1e-9)
     loss, _ = positive_only_loss(np.array(scores), known)
     of_known = [np.flatnonzero(row).tolist() for row in known]
-    assert loss == pytest.approx(reference.loss(scores, of_known, concepts.FLOOR), rel=1e-12)
+    assert loss == pytest.approx(reference.loss(scores, of_known, fusion.FLOOR), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(20))
