@@ -143,7 +143,11 @@ class OpenAIEngine:
         seed: int = 0,
         schema: dict[str, Any] | None = None,
     ) -> list[Reply]:
-        """One reply per chat; one that the server cannot give has an `error` and no text."""
+        """One reply per chat; one that the server cannot give has an `error` and no text.
+
+        With a schema a small model may write blanks without an end: start a vLLM server with
+        `--structured-outputs-config '{"backend": "guidance", "disable_any_whitespace": true}'`.
+        """
         asked: dict[str, Any] = {"temperature": temperature}
         if self.reading == "exact":
             path, bodies, errors = self._completions(chats, max_tokens, schema)
