@@ -314,7 +314,7 @@ def finder(
 
 def _hnsw(pool: Float[np.ndarray, "pool width"]) -> object:
     try:
-        from usearch.index import Index  # type: ignore[import-not-found,unused-ignore]
+        from usearch.index import Index
     except ImportError:
         raise ValueError(
             "search='usearch' needs the package usearch: pip install usearch, or search='exact'"

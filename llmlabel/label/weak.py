@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from pickle import PicklingError
+from pickle import PicklingError  # what hashing a function may raise; nothing is pickled to a file
 from typing import Any, Literal, Required, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import regex  # type: ignore[import-untyped]
+import regex
 from datasets import Dataset, Value
 from datasets.fingerprint import Hasher
 from jaxtyping import Float

@@ -5,7 +5,7 @@ ones, teach how a label's text lies to its rows, and that is carried over to the
 kinds may be answered (the generalized setting), so unseen labels need a head start (`seen_bias`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ Method = Literal["mapping", "propagation"]
 Edges = Sequence[tuple[str, str]]
 
 BIASES = tuple(float(bias) for bias in np.arange(-10, 31) / 50)
-"""What `choose_seen_bias` tries."""
+"""What `bias_curve` tries."""
 
 
 def label_zero_shot(  # noqa: PLR0913  # one plain choice each
@@ -75,7 +75,7 @@ def label_zero_shot(  # noqa: PLR0913  # one plain choice each
             not come from the rows to label.
         labels: the label space, single-label.
         method: see above.
-        seen_bias: see above; `choose_seen_bias` chooses it without rows of unseen labels.
+        seen_bias: see above; `choose_seen_bias` of a `bias_curve` finds it without rows of unseen labels.
         edges: pairs of ids or names of labels that are neighbours; by default parents and children.
         hops: steps of `propagation` along edges; 0 leaves the graph out.
         ridge: how little the map is trusted: lambda of `propagate`, gamma of `eszsl`.
@@ -109,38 +109,9 @@ def label_zero_shot(  # noqa: PLR0913  # one plain choice each
     )
 
 
-def choose_seen_bias(  # noqa: PLR0913  # as for label_zero_shot
-    pool: Dataset,
-    validation: Dataset,
-    anchors: Dataset,
-    labels: LabelSpace,
-    *,
-    method: Method = "propagation",
-    edges: Edges | None = None,
-    hops: int = 2,
-    ridge: float = 0.1,
-    class_ridge: float = 1.0,
-    folds: int = 5,
-    seed: int = 0,
-) -> float:
-    """The `seen_bias` that does best when seen labels play unseen ones: the peak of `bias_curve`.
-
-    Of equal ones the lowest. The arguments are those of `bias_curve`.
-    """
-    curve = bias_curve(
-        pool,
-        validation,
-        anchors,
-        labels,
-        method=method,
-        edges=edges,
-        hops=hops,
-        ridge=ridge,
-        class_ridge=class_ridge,
-        folds=folds,
-        seed=seed,
-    )
-    return max(curve, key=lambda bias: round(curve[bias], 9))
+def choose_seen_bias(curve: Mapping[float, float]) -> float:
+    """The `seen_bias` at the peak of a `bias_curve`; of equal ones the lowest."""
+    return min(curve, key=lambda bias: (-round(curve[bias], 9), bias))
 
 
 def bias_curve(  # noqa: PLR0913  # as for label_zero_shot

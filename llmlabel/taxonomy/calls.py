@@ -77,7 +77,7 @@ class Asker:
             name: of the files that the calls are kept in.
         """
         answers: dict[int, Answer[T]] = {}
-        spare: dict[int, T] = {}
+        spare: dict[int, Any] = {}
         waiting = list(range(len(chats)))
         for attempt in range(RETRIES + 1):
             asked = [chats[number] for number in waiting]
@@ -90,7 +90,7 @@ class Asker:
                 except ReplyError as error:
                     problem = str(error)
                     if error.distinct is not None:
-                        spare.setdefault(number, error.distinct)  # type: ignore[arg-type]
+                        spare.setdefault(number, error.distinct)
                 answers[number] = Answer(value, attempt + 1, problem, reply, reply.error)
             waiting = [number for number in waiting if answers[number].value is None]
             if not waiting:

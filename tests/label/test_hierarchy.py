@@ -614,7 +614,7 @@ def turns(chat: Chat) -> list[str]:
     """What the demonstrations answer; behind the text the reply is only begun."""
     said = [turn["content"] for turn in chat if turn["role"] == "assistant"]
     assert said.pop() in ('The label is "', 'The path is "')
-    return [re.fullmatch(r'The (?:label|path) is "(.*)"', one)[1] for one in said]  # type: ignore[index]
+    return [re.fullmatch(r'The (?:label|path) is "(.*)"', one)[1] for one in said]
 
 
 def test_demonstrations_answer_as_the_strategy_does() -> None:

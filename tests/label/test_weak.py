@@ -56,7 +56,7 @@ class Says(FakeEngine):
         super().__init__()
         self.answers, self.asked = answers, list[Chat]()
 
-    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:  # type: ignore[override]
+    def score(self, chats: Sequence[Chat], labels: Sequence[str]) -> Scores:
         assert list(labels) == ["yes", "no"]
         self.asked += chats
         texts = [chat[-1]["content"].split("\n")[0].removeprefix("Text: ") for chat in chats]
@@ -194,7 +194,7 @@ def test_a_regex_without_end_is_stopped() -> None:
 def test_a_function_that_never_votes_is_told() -> None:
     functions: list[LabelingFunction] = [
         {"name": "cats", "label": "cat", "keywords": ["cat"]},
-        *({"name": f"no{i}", "label": "cat", "regex": f"dog{i}"} for i in range(4)),  # type: ignore[list-item]
+        *({"name": f"no{i}", "label": "cat", "regex": f"dog{i}"} for i in range(4)),
     ]
     with pytest.warns(UserWarning, match=r"'no0', 'no1', 'no2' and 1 more of 5 functions never"):
         got = label_weak(table(), functions, LABELS)

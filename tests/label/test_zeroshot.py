@@ -7,6 +7,7 @@ from reference import zeroshot as reference
 
 from llmlabel.data import with_columns
 from llmlabel.label.zeroshot import (
+    bias_curve,
     choose_seen_bias,
     eszsl,
     gcn_layer,
@@ -141,7 +142,7 @@ def test_unseen_labels_are_found(method: Any, rank: int, far: float) -> None:
     anchors, pool, rows, gold = world(0, rank=rank, far=far)
     seen = np.isin(np.arange(8), (2, 3, 5, 6))
     options: Any = {"method": method, "ridge": 0.1, "class_ridge": 0.1}
-    bias = choose_seen_bias(pool, rows, anchors, TREE, folds=4, **options)
+    bias = choose_seen_bias(bias_curve(pool, rows, anchors, TREE, folds=4, **options))
     got = label_zero_shot(rows, pool, anchors, TREE, seen_bias=bias, **options)
     probs = dense(got)
     assert (probs[:, :2] == 0).all()  # domains have no pool rows and are no leaves
@@ -195,10 +196,10 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="ridge and class_ridge must be above 0"):
         label_zero_shot(rows, pool, anchors, TREE, ridge=0.0)
     with pytest.raises(ValueError, match="folds must be from 2 to 4"):
-        choose_seen_bias(pool, rows, anchors, TREE, folds=5)
+        bias_curve(pool, rows, anchors, TREE, folds=5)
     many = load_labels(["a", "b"], multilabel=True)
     with pytest.raises(ValueError, match="label_zero_shot needs labels that exclude"):
         label_zero_shot(rows, pool, anchors, many)
     unseen = rows.select([i for i, gold in enumerate(rows["gold"]) if gold[0] in (4, 7)])
     with pytest.raises(ValueError, match="no row of validation has a label of the pool"):
-        choose_seen_bias(pool, unseen, anchors, TREE, folds=2)
+        bias_curve(pool, unseen, anchors, TREE, folds=2)
