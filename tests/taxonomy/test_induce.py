@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import pytest
 from datasets import Dataset
 from pydantic import TypeAdapter
 from reference import taxonomy as reference
+from taxonomy.scripted import Scripted, reply
 
 from llmlabel.engine import Reply, Scores
-from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.labelspace import load_labels
 from llmlabel.prompt import Chat
-from llmlabel.softlabels import SoftLabels
-from llmlabel.taxonomy.describe import with_examples
 from llmlabel.taxonomy.guardrails import TaxonomyError
 from llmlabel.taxonomy.induce import (
     Taxonomy,
@@ -26,107 +25,7 @@ from llmlabel.taxonomy.induce import (
     summarise,
     with_other,
 )
-from llmlabel.taxonomy.quality import information, taxonomy_quality
 from llmlabel.taxonomy.rounds import minibatches, position_free
-
-STEPS = {
-    "You find out": "generate",
-    "You improve": "update",
-    "You check": "review",
-    "You shorten": "summarise",
-    "Several sets": "select",
-}
-
-
-def step_of(chat: Chat) -> str:
-    return next(step for start, step in STEPS.items() if chat[0]["content"].startswith(start))
-
-
-def reply(*names: str, score: int = 50) -> str:
-    many = [{"name": name, "description": f"about {name}"} for name in names]
-    said = {"score": score, "explanation": "why", "suggestions": "what", "labels": many}
-    return json.dumps(said)
-
-
-class Scripted:
-    """Says what `says` makes of the step and the number of the chat at that step."""
-
-    name = "scripted"
-
-    def __init__(
-        self,
-        says: Callable[[str, int], str | Reply] = lambda step, n: reply("one", f"{step} {n}"),
-        *,
-        holds: bool = True,
-        dies_after: float = math.inf,
-        prefers: Callable[[str], float] = lambda table: 0.0,
-    ) -> None:
-        self.says, self.holds, self.dies_after, self.prefers = says, holds, dies_after, prefers
-        self.asked = list[dict[str, Any]]()
-        self.calls = 0
-
-    def generate(
-        self,
-        chats: Sequence[Chat],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        schema: dict[str, Any] | None = None,
-    ) -> list[Reply]:
-        if schema is not None and not self.holds:
-            raise ValueError("no schema here")
-        if self.calls >= self.dies_after:
-            raise ConnectionError("the server is gone")
-        self.calls += 1
-        replies = []
-        for chat in chats:
-            step = step_of(chat)
-            number = len([one for one in self.asked if one["step"] == step])
-            self.asked.append(
-                {
-                    "step": step,
-                    "system": chat[0]["content"],
-                    "texts": re.findall(r"^- (.*)$", chat[1]["content"], re.MULTILINE),
-                    "user": chat[1]["content"],
-                    "temperature": temperature,
-                    "seed": seed,
-                    "schema": schema,
-                }
-            )
-            said = self.says(step, number)
-            replies.append(Reply(said, "stop") if isinstance(said, str) else said)
-        return replies
-
-    def score(
-        self,
-        chats: Sequence[Chat],
-        labels: Sequence[str],
-        *,
-        candidates: Sequence[Sequence[int]] | None = None,
-    ) -> Scores:
-        """Of sets by `prefers`, with a strong liking for the first; of labels by a shared word."""
-        rows = []
-        for chat in chats:
-            if step_of_or_none(chat) == "select":
-                self.asked.append({"step": "select", "system": chat[0]["content"]})
-                tables = re.split(r"^Set .:$", chat[0]["content"], flags=re.MULTILINE)[1:]
-                rows.append([self.prefers(t) + 5.0 * (i == 0) for i, t in enumerate(tables)])
-            else:
-                words = chat[-1]["content"].split()
-                rows.append([9.0 * (label in words) for label in labels])
-        logits = np.array(rows)
-        return Scores(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-
-    def steps(self) -> list[str]:
-        return [one["step"] for one in self.asked]
-
-    def of(self, step: str) -> list[dict[str, Any]]:
-        return [one for one in self.asked if one["step"] == step]
-
-
-def step_of_or_none(chat: Chat) -> str | None:
-    return next((s for start, s in STEPS.items() if chat[0]["content"].startswith(start)), None)
 
 
 def table(rows: int) -> Dataset:
@@ -624,7 +523,7 @@ def test_rows_without_any_text() -> None:
         induce(rows, Scripted(), use_case="tests")
 
 
-# ---------------------------------------------------------------------- other, coverage, accuracy
+# -------------------------------------------------------------------------------------- other
 
 
 def test_with_other() -> None:
@@ -635,111 +534,3 @@ def test_with_other() -> None:
     )
     with pytest.raises(ValueError, match="there is a label 'Other' already"):
         with_other(load_labels(["a", "OTHER"]), name="Other")
-
-
-def assigned(labels: LabelSpace, best: list[int]) -> Dataset:
-    rows = Dataset.from_dict(
-        {"id": [str(i) for i in range(len(best))], "text": [f"say {'abx'[b]}" for b in best]}
-    )
-    probs = np.zeros((len(best), len(labels)))
-    for row, label in enumerate(best):
-        probs[row, label] = label >= 0
-    return SoftLabels.from_dense(probs, labels).add_to(rows)
-
-
-class Letters:
-    """An encoder that sees which of three letters a text has."""
-
-    def encode(self, texts: list[str], **options: Any) -> np.ndarray:
-        return np.array([[1e-6 + (letter in text.split()) for letter in "abx"] for text in texts])
-
-
-def test_coverage_and_pairwise_accuracy() -> None:
-    labels = with_other(load_labels(["a", "b"]))
-    rows = assigned(labels, [0, 0, 1, 2, -1])
-    got = taxonomy_quality(rows, labels, encoder=Letters())
-    assert got == {
-        "rows": 5,
-        "coverage": 0.6,
-        "pairwise": 1.0,
-        "pairs": 3,
-        "labels": 2,
-        "used": 2,
-    }
-    judged = taxonomy_quality(rows, labels, engine=Scripted())
-    assert (judged["pairwise"], judged["coverage"]) == (1.0, 0.6)
-    wrong = rows.select([2, 1, 0])
-    texts = wrong["text"][:]
-    wrong = wrong.remove_columns("text").add_column("text", texts[::-1])
-    got = taxonomy_quality(wrong, labels, encoder=Letters())
-    assert got["pairwise"] == pytest.approx(1 / 3)
-
-
-def test_pairs_do_not_depend_on_the_order_of_rows() -> None:
-    labels = load_labels(["a", "b", "x", "y", "z"])
-    rows = assigned(labels, [0, 1, 2] * 5)
-
-    class Half:
-        """Ties everywhere but with y, which no text likes."""
-
-        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
-            return np.array([[0.0, 1.0] if text == "y" else [1.0, 0.0] for text in texts])
-
-    one = taxonomy_quality(rows, labels, other=None, encoder=Half(), seed=4)
-    order = np.random.default_rng(0).permutation(15)
-    assert taxonomy_quality(rows.select(order), labels, other=None, encoder=Half(), seed=4) == one
-    assert 0.5 < one["pairwise"] < 1
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "give either encoder= or engine="),
-        ({"encoder": Letters(), "engine": Scripted()}, "give either encoder= or engine="),
-        ({"encoder": Letters(), "other": "a"}, "needs two labels besides 'a'"),
-    ],
-)
-def test_quality_needs_a_judge_and_two_labels(given: dict[str, Any], message: str) -> None:
-    labels = load_labels(["a", "b"])
-    with pytest.raises(ValueError, match=message):
-        taxonomy_quality(assigned(labels, [0, 1]), labels, **{"other": None, **given})
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_information_equals_the_loop(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    probs = rng.dirichlet(np.full(int(rng.integers(2, 6)), 0.3), 30)
-    probs[0] = np.eye(probs.shape[1])[0]
-    assert information(probs) == pytest.approx(reference.information(probs.tolist()), abs=1e-12)
-
-
-def test_information_at_its_limits() -> None:
-    assert information(np.eye(4)) == pytest.approx(math.log(4))
-    assert information(np.full((3, 4), 0.25)) == pytest.approx(0.0)
-    assert information(np.ones((3, 1))) == 0.0
-    assert information(np.zeros((0, 3))) == 0.0
-
-
-# ------------------------------------------------------------------------- described by examples
-
-
-def test_labels_are_described_by_their_most_central_texts() -> None:
-    texts = ["cat cat", "cat sits on a mat all day", "cat or dog", "dog", " "]
-    rows = Dataset.from_dict({"id": list("abcde"), "text": texts})
-    labels = load_labels([{"name": "dog", "description": "it barks"}, "cat", "fish"])
-    got = with_examples(rows, Counting(), labels, texts=2, words=3)
-    assert got.names == labels.names
-    assert got.ids == labels.ids
-    assert got.descriptions == ("it barks; such as: dog", "such as: cat cat / cat sits on", "")
-    order = [3, 1, 4, 0, 2]
-    assert with_examples(rows.select(order), Counting(), labels, texts=2, words=3) == got
-    with pytest.raises(ValueError, match="texts and words must be at least 1; got 0 and 15"):
-        with_examples(rows, Counting(), labels, texts=0)
-
-
-class Counting:
-    """Counts words; "cat or dog" is nearer to cat by the order of labels alone."""
-
-    def encode(self, texts: list[str], **options: Any) -> np.ndarray:
-        counts = np.array([[t.count("cat") * 1.1, t.count("dog"), t.count("fish")] for t in texts])
-        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
