@@ -5,7 +5,7 @@ the tree, the length of the texts and the model. All give one distribution over 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain, count
@@ -296,7 +296,8 @@ class Direct:
     def ask(self, engine: Engine, rows: Sequence[Row]) -> list[Found]:
         """One chat a row, all in one call."""
         found = [Found() for _ in rows]
-        options = [self._options(row.allowed) for row in rows]
+        own = cache(self._options_of)  # nearly every row has candidates of its own: kept no longer
+        options = [self._every if row.allowed is None else own(row.allowed) for row in rows]
         distinct = list({id(some): some for some in options}.values())
         names = list(dict.fromkeys(name for some in distinct for name in some.names))
         place = {name: at for at, name in enumerate(names)}
@@ -313,22 +314,22 @@ class Direct:
                 render(
                     self.prompt,
                     text=row.text,
-                    labels=self._options(None).listed if self.list_all else some.listed,
+                    labels=self._every.listed if self.list_all else some.listed,
                     demonstrations=shown,
                     separator=self._separator,
                 )
             )
         limited = None if len(distinct) == 1 else [places[id(some)] for some in options]
         probs, _ = read(engine, chats, names, limited, found) if rows else (np.zeros((0, 0)), None)
-        for one, some, own in zip(found, options, probs, strict=True):
-            values = own[places[id(some)]]
+        for one, some, said in zip(found, options, probs, strict=True):
+            values = said[places[id(some)]]
             for at in np.flatnonzero(values).tolist():
                 one.add(some.nodes[at], float(values[at]))
         return found
 
     @cached_property
-    def _options(self) -> Callable[[frozenset[int] | None], _Options]:
-        return cache(self._options_of)
+    def _every(self) -> _Options:
+        return self._options_of(None)
 
     def _options_of(self, allowed: frozenset[int] | None) -> _Options:
         """Leaves, or nodes without a child that is allowed; inner nodes too where these may be."""
@@ -338,7 +339,7 @@ class Direct:
             above = {parent for node in nodes for parent in labels.parent_positions[node]}
             nodes = [node for node in nodes if node not in above]
         if self.strategy == "dl":
-            answers = [(self._leaf_name(node), node) for node in nodes]
+            answers = list(zip(self._names(nodes), nodes, strict=True))
             listed = [
                 f"{name}: {labels.descriptions[node]}" if labels.descriptions[node] else name
                 for name, node in answers
@@ -355,12 +356,17 @@ class Direct:
         names, ends = zip(*answers, strict=True)
         return _Options(names, ends, listed)
 
-    def _leaf_name(self, node: int) -> str:
-        name = self.labels.names[node]
-        if name in self._twice:
-            (path,) = paths(self.labels, node, most=1)
-            return self._separator.join(self.labels.names[one] for one in path)
-        return name
+    def _names(self, nodes: list[int]) -> list[str]:
+        """The nodes' names, their paths where two of them, or two leaves, have one name."""
+        names = self.labels.names
+        counts = Counter(names[node] for node in nodes)
+        twice = self._twice | {name for name, times in counts.items() if times > 1}
+        return [
+            self._separator.join(names[one] for one in paths(self.labels, node, most=1)[0])
+            if names[node] in twice
+            else names[node]
+            for node in nodes
+        ]
 
     @cached_property
     def _twice(self) -> set[str]:

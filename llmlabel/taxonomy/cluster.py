@@ -23,7 +23,7 @@ from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import render
 from llmlabel.softlabels import SoftLabels
 from llmlabel.taxonomy.calls import Answer, Asker
-from llmlabel.taxonomy.guardrails import Limits, Proposal, scripts_of
+from llmlabel.taxonomy.guardrails import Limits, Proposal, first_words, scripts_of
 from llmlabel.taxonomy.induce import Taxonomy, new_ids
 from llmlabel.taxonomy.replies import label_schema, read_label
 
@@ -130,7 +130,7 @@ def cluster_taxonomy(  # noqa: PLR0913  # each is one plain choice about how it 
     members = _members(dataset)
     if len(members) < 2:
         raise ValueError(f"cluster_taxonomy: {len(members)} clusters, and a choice needs two")
-    shown = [[" ".join(text.split()[:words]) for text in some[:nearest]] for some in members]
+    shown = [[first_words(text, words) for text in some[:nearest]] for some in members]
     limits = Limits(
         len(members),
         name_words,

@@ -9,6 +9,7 @@ from llmlabel import models
 from llmlabel.data import require_columns
 from llmlabel.label.embedding import Encoder, unit_vectors
 from llmlabel.labelspace import LabelSpace
+from llmlabel.taxonomy.guardrails import first_words
 
 
 def with_examples(
@@ -49,7 +50,7 @@ def with_examples(
     for label, description in enumerate(labels.descriptions):
         mine = np.flatnonzero(nearest == label)
         close = np.argsort(-(vectors[mine] @ vectors[mine].sum(axis=0)), kind="stable")[:texts]
-        some = " / ".join(" ".join(shown[mine[i]].split()[:words]) for i in close)
+        some = " / ".join(first_words(shown[mine[i]], words) for i in close)
         parts = [description, f"such as: {some}" if some else ""]
         descriptions.append("; ".join(part for part in parts if part))
     return LabelSpace(

@@ -260,9 +260,10 @@ def name_new_labels(
     )
     named = cluster_taxonomy(rows, engine, use_case=use_case, seed=seed, output=output).labels
     names, descriptions = list(labels.names), list(labels.descriptions)
+    taken = {name.casefold() for name in labels.names[:known]}
     for number, label in enumerate(numbers[numbers >= known].tolist()):
         names[label], descriptions[label] = named.names[number], named.descriptions[number]
-        if names[label] in labels.names[:known]:
+        if names[label].casefold() in taken:
             names[label] = f"{names[label]} ({labels.names[label]})"
     return dataclasses.replace(labels, names=tuple(names), descriptions=tuple(descriptions))
 

@@ -15,6 +15,7 @@ _ONE_OF_MANY = 0.05
 _ECHOES = {
     *("", "name", "label", "labels", "label name", "name of the label", "category"),
     *("category name", "cluster name", "topic name", "short name", "example", "string", "text"),
+    *("description", "definition"),
 }
 _VAGUE = {
     *("other", "others", "misc", "miscellaneous", "general", "generic", "various", "unknown"),
@@ -192,3 +193,11 @@ def repeats(proposal: Proposal) -> tuple[list[str], Proposal]:
         descriptions=tuple(proposal.descriptions[i] for i in kept),
     )
     return list(dict.fromkeys(again)), distinct
+
+
+def first_words(text: str, words: int) -> str:
+    """The first words of a text on one line; where nothing stands between them, as many characters.
+
+    Twice the `WORD_CHARACTERS` a word, so that long words of spaced scripts stay whole.
+    """
+    return " ".join(text.split(maxsplit=words)[:words])[: 2 * words * WORD_CHARACTERS]

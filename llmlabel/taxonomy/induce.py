@@ -18,17 +18,18 @@ from llmlabel.data import require_columns, with_columns
 from llmlabel.engine import Engine
 from llmlabel.files import lock
 from llmlabel.label.direct import label_direct
-from llmlabel.label.embedding import Encoder, label_embedding
+from llmlabel.label.embedding import Encoder, label_embedding, unit_vectors
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import prompt_sha, render
 from llmlabel.refine.debias import batch_calibration
 from llmlabel.softlabels import SoftLabels
 from llmlabel.taxonomy.calls import Asker
-from llmlabel.taxonomy.guardrails import Limits, Proposal, TaxonomyError, scripts_of
+from llmlabel.taxonomy.guardrails import Limits, Proposal, TaxonomyError, first_words, scripts_of
 from llmlabel.taxonomy.quality import information
 from llmlabel.taxonomy.replies import read_summary, summary_schema
 from llmlabel.taxonomy.rounds import Group, Level, Settings
 
+_SCALE = 20.0  # as label_embedding's
 _FEWEST_ROWS = 10  # as in llmlabel.refine.debias
 
 
@@ -207,8 +208,8 @@ def induce(  # noqa: PLR0913 - each knob of a run is an override of a recipe
         name_words: length of a name, as 8 characters a word, like the next two.
         description_words: length of a description.
         remark_words: length of explanations and suggestions.
-        encoder: who chooses among runs and assigns texts to labels between two levels; the engine
-            when it is not given.
+        encoder: who chooses among the labels of all rounds, where there are several runs, and
+            assigns texts to labels between two levels; the engine when it is not given.
         start: labels to begin with, for example those of `llmlabel.taxonomy.cluster`: no labels are
             generated, and all batches update these.
         seed: of shuffling and sampling.
@@ -281,7 +282,7 @@ def _shown(dataset: Dataset, words: int) -> _Texts:
         raise ValueError(f"induce: none of the {len(dataset)} rows has a text")
     return _Texts(
         [id for id, _, _ in kept],
-        [" ".join(text.split()[:words]) for _, text, _ in kept],
+        [first_words(text, words) for _, text, _ in kept],
         frozenset(row for row, (_, _, bare) in enumerate(kept) if bare),
     )
 
@@ -338,13 +339,15 @@ class _Growth:
         above = tuple(() if parent is None else (parent,) for parent in parents)
         return Taxonomy(LabelSpace(ids, names, descriptions, above), history)
 
-    def _fit(self, most: int, proposal: Proposal, texts: Sequence[str]) -> float:
-        """How much the labels tell the encoder about the texts, of what `most` labels could."""
+    def _fit(self, most: int, proposals: Sequence[Proposal], texts: Sequence[str]) -> list[float]:
+        """How much labels tell the encoder about the texts, of what `most` labels could."""
         assert self.encoder is not None
-        labels = _space(proposal)
-        rows = Dataset.from_dict({"id": [str(row) for row in range(len(texts))], "text": texts})
-        probs = SoftLabels.from_dataset(label_embedding(rows, self.encoder, labels), labels).dense()
-        return information(probs) / math.log(most)
+        vectors, fits = unit_vectors(self.encoder, texts), []
+        for proposal in proposals:
+            logits = _SCALE * vectors @ unit_vectors(self.encoder, _space(proposal).texts()).T
+            probs = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+            fits.append(information(probs) / math.log(most))
+        return fits
 
     def _assigned(self, group: Group, proposal: Proposal, name: str) -> list[list[int]]:
         """The rows of each label."""

@@ -24,6 +24,7 @@ from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.prompt import find_prompt, prompt_sha, render
 from llmlabel.softlabels import SoftLabels
 from llmlabel.taxonomy.neighbours import loaded
+from llmlabel.taxonomy.replies import json_values
 
 EXTRACT_COLUMNS = (
     *("terms", "types", "absent_terms"),
@@ -268,10 +269,11 @@ class _Found(NamedTuple):
 def _read(reply: Reply, document: str) -> _Found:
     if reply.error is not None and not reply.text:
         return _Found(reply=reply.text, error=reply.error)
+    objects = [one for one in json_values(reply.text) if isinstance(one, dict)]
     try:
-        said = json.loads(reply.text)
+        said = next(one for one in objects if {"terms", "types"} <= set(one))
         lists = [_distinct(said[name]) for name in ("terms", "types")]
-    except (ValueError, KeyError, TypeError):
+    except (StopIteration, TypeError):
         why = "cut by max_tokens" if reply.finish_reason == "length" else "not what was asked for"
         problem = f"the reply is no JSON object with lists `terms` and `types` ({why})"
         return _Found(reply=reply.text, error=problem)

@@ -31,7 +31,8 @@ _HEADING = re.compile(
     r"(?:labels?|taxonomy|table|categories|clusters?)[*_]*\s*:?[*_]*\s*)$",
     re.IGNORECASE,
 )
-_ITEM = re.compile(r"\s*(?:[-*\u2022+]|\d+[.)])\s+(.+)$")
+_ITEM = re.compile(r"(?P<indent>\s*)(?P<mark>[-*\u2022+]|\d+[.)])\s+(?P<said>.+)$")
+_FENCE = re.compile(r"^\s*```\w*[ \t]*\n|\n\s*```\s*$")
 _RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*$")
 
 
@@ -136,7 +137,7 @@ def read_label(text: str, limits: Limits) -> Proposal:
     Raises:
         ReplyError: as there.
     """
-    objects = [one for one in _json_values(text) if isinstance(one, dict) and "name" in one]
+    objects = [one for one in json_values(text) if isinstance(one, dict) and "name" in one]
     found = [one for one in objects if not is_echo(str(one["name"]))] or objects
     proposal = _entries(found[-1:], limits) if found else parse_labels(text, limits)
     proposal = replace(proposal, names=proposal.names[:1], descriptions=proposal.descriptions[:1])
@@ -155,7 +156,7 @@ def read_summary(text: str, *, words: int, scripts: frozenset[str]) -> str:
     Raises:
         ReplyError: it is empty, too long, or not in the script of its text.
     """
-    objects = [one for one in _json_values(text) if isinstance(one, dict)]
+    objects = [one for one in json_values(text) if isinstance(one, dict)]
     said = next((one["summary"] for one in objects if "summary" in one), None)
     if said is None and text.lstrip()[:1] in ("{", "["):
         raise ReplyError("no JSON with a summary")
@@ -178,10 +179,12 @@ def parse_labels(text: str, limits: Limits) -> Proposal:
     Raises:
         ReplyError: it has none of these forms.
     """
-    values = list(_json_values(text))
-    lists = [_as_lists(value) for value in values]
+    text = _FENCE.sub("", text)
+    values = list(json_values(text))
+    lists = [_as_lists(value, whole=text.lstrip()[:1] == "[") for value in values]
     found = [(value, some) for value, some in zip(values, lists, strict=True) if some is not None]
     real = [(value, some) for value, some in found if not all(map(_echoes, some))]
+    real = [one for one in real if isinstance(one[0], dict)] or real
     if real:
         value, some = real[-1]
         return _remarks(_entries(some, limits), value)
@@ -193,7 +196,7 @@ def parse_labels(text: str, limits: Limits) -> Proposal:
     return _from_lines(text, limits)
 
 
-def _json_values(text: str) -> Iterator[Any]:
+def json_values(text: str) -> Iterator[Any]:
     """Every outermost JSON object or list in a text, in order."""
     decoder, at = json.JSONDecoder(), 0
     while found := re.compile(r"[{\[]").search(text, at):
@@ -207,8 +210,13 @@ def _json_values(text: str) -> Iterator[Any]:
         yield value
 
 
-def _as_lists(value: Any) -> list[Any] | None:
-    some = value.get("labels") if isinstance(value, dict) else value
+def _as_lists(value: Any, *, whole: bool) -> list[Any] | None:
+    """The labels of a JSON value; a bare list that is not the `whole` reply may be a remark."""
+    if isinstance(value, dict):
+        some = value.get("labels")
+    else:
+        named = all(isinstance(one, dict) and "name" in one for one in value)
+        some = value if whole or named else None
     return some if isinstance(some, list) and some else None
 
 
@@ -249,9 +257,12 @@ def _from_lines(text: str, limits: Limits) -> Proposal:
     """A table or a list; what stands under a heading is told apart."""
     section, entries, said = "labels", list[dict[str, str]](), dict[str, list[str]]()
     columns: tuple[int, int | None] | None = None
+    first: re.Match[str] | None = None  # of the list of labels
     lines = text.split("\n")
     for number, line in enumerate(lines):
-        if heading := _HEADING.match(line):
+        item = _ITEM.match(line)
+        heading = _HEADING.match(line)
+        if heading and not (item and first and _goes_on(first, lines[number + 1 :])):
             section = _section(heading["remark"] or "")
             said.setdefault(section, []).append(heading["rest"] or "")
         elif section != "labels":
@@ -259,12 +270,29 @@ def _from_lines(text: str, limits: Limits) -> Proposal:
         elif "|" in line and not _RULE.match(line):
             below = lines[number + 1] if number + 1 < len(lines) else ""
             if "|" in below and _RULE.match(below):
-                columns = _columns(_cells(line))
+                columns = _columns(_cells(line), again=bool(entries))
             elif columns is not None:
                 entries.append(_row(_cells(line), columns))
-        elif item := _ITEM.match(line):
-            name, _, description = _parted(item[1])
-            entries.append({"name": name, "description": description})
+        elif item:
+            name, description = _parted(item["said"])
+            if first is not None and len(item["indent"]) > len(first["indent"]):
+                entries[-1]["description"] = entries[-1]["description"] or description or name
+            else:
+                first = first or item
+                entries.append({"name": name, "description": description})
+    return _told(entries, said, limits)
+
+
+def _goes_on(first: re.Match[str], below: list[str]) -> bool:
+    """Whether the list that began with an item has more items below that are no heading."""
+    kind = first["mark"][0].isdigit()
+    items = [item for line in below if (item := _ITEM.match(line)) and not _HEADING.match(line)]
+    return any(
+        item["mark"][0].isdigit() == kind and item["indent"] == first["indent"] for item in items
+    )
+
+
+def _told(entries: list[dict[str, str]], said: dict[str, list[str]], limits: Limits) -> Proposal:
     if not entries:
         raise ReplyError("neither JSON, nor a Markdown table, nor a list of `name: description`")
     if all(map(_echoes, entries)):
@@ -290,9 +318,11 @@ def _cells(line: str) -> list[str]:
     return [_plain(cell) for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
-def _columns(header: list[str]) -> tuple[int, int | None]:
-    """Where names and descriptions stand in a table."""
+def _columns(header: list[str], *, again: bool) -> tuple[int, int | None] | None:
+    """Where names and descriptions stand in a table; one that comes `again` may have no labels."""
     words = [cell.casefold() for cell in header]
+    if again and not any(re.search("name|label|category|cluster|topic", word) for word in words):
+        return None
     about = next(
         (i for i, w in enumerate(words) if re.search("descri|definition|meaning", w)), None
     )
@@ -315,10 +345,10 @@ def _row(cells: list[str], columns: tuple[int, int | None]) -> dict[str, str]:
     }
 
 
-def _parted(item: str) -> tuple[str, str, str]:
+def _parted(item: str) -> tuple[str, str]:
     """Name and description of a list item."""
     parts = re.split(r":\s+|\s+[\u2013\u2014-]\s+|:$", _plain(item), maxsplit=1)
-    return parts[0].strip(), "", parts[1].strip() if len(parts) > 1 else ""
+    return parts[0].strip(), parts[1].strip() if len(parts) > 1 else ""
 
 
 def _plain(text: str) -> str:

@@ -94,7 +94,7 @@ class Level:
         texts: what is shown of each row.
         unsummarised: rows without a summary among those that have one.
         start: labels to begin with, instead of generating some.
-        fit: how well labels fit texts, from 0 to 1; the engine chooses among runs where it is None.
+        fit: how well each of several proposals fits texts, from 0 to 1; the engine chooses among runs where it is None.
     """
 
     asker: Asker
@@ -104,7 +104,7 @@ class Level:
     texts: Sequence[str]
     unsummarised: frozenset[int] = frozenset()
     start: Proposal | None = None
-    fit: Callable[[Proposal, Sequence[str]], float] | None = None
+    fit: Callable[[Sequence[Proposal], Sequence[str]], list[float]] | None = None
 
     def divide(self, groups: Sequence[Group]) -> list[tuple[Proposal | None, list[dict[str, Any]]]]:
         """The labels of each group, None where no run found any, and what happened."""
@@ -278,16 +278,15 @@ class Level:
         """The labels, of any round of any run, that fit the held-out texts best."""
         assert self.fit is not None
         texts = [self.texts[row] for row in held_out]
-        fits: dict[Proposal, float] = {}
-        for run in runs:
-            for proposal in run.seen:
-                fits.setdefault(proposal, self.fit(proposal, texts))
-        best = max(fits, key=fits.__getitem__)
-        run = next(run for run in runs if best in run.seen)
+        tables = {one.table(): one for run in runs for one in reversed(run.seen)}
+        fits = dict(zip(tables, self.fit(list(tables.values()), texts), strict=True))
+        seen = [(fits[one.table()], one, run) for run in runs for one in run.seen]
+        fit, best, run = max(seen, key=lambda one: one[0])
         said = ", ".join(
-            f"run {run.number}: " + " ".join(f"{fits[one]:.3f}" for one in run.seen) for run in runs
+            f"run {run.number}: " + " ".join(f"{fits[one.table()]:.3f}" for one in run.seen)
+            for run in runs
         )
-        return best, self._choice(run, best, fits[best], said, None)
+        return best, self._choice(run, best, fit, said, None)
 
     def _choice(
         self, run: Run, chosen: Proposal, score: float, said: str, problem: str | None

@@ -108,6 +108,17 @@ def test_dl_lists_leaves_and_tells_equal_names_apart() -> None:
     assert got["label_mass"][0] == pytest.approx(0.8)
 
 
+def test_equal_names_among_candidates_are_told_apart() -> None:
+    """An inner node without an allowed child is an answer too, perhaps with a leaf's name."""
+    labels = space("animal", "plant", "a=other<animal", "worm<a", "p=other<plant", "tree<plant")
+    a, p = labels.index("a"), labels.index("p")
+    rows = table(["a worm"], candidates=candidates([[a, p]]))
+    for strategy in STRATEGIES:
+        got = label_hierarchy(rows, FakeEngine(), labels, strategy=strategy)
+        assert sum(got["label_probs"][0]) == pytest.approx(1), strategy
+        assert set(got["label_ids"][0]) <= {a, p}
+
+
 def test_dh_shows_the_tree_and_answers_paths() -> None:
     liked = {
         "pet / fish / cod": 0.1,

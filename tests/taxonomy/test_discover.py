@@ -358,7 +358,7 @@ class Namer(FakeEngine):
 
 def test_new_labels_get_names_from_their_texts() -> None:
     """new-2 has no rows, and the name of new-4 is taken by a known label."""
-    known = [{"id": "a", "name": "apples", "description": "red"}, {"id": "b", "name": "bees"}]
+    known = [{"id": "a", "name": "Apples", "description": "red"}, {"id": "b", "name": "bees"}]
     labels = with_new_labels(load_labels(known), new=4)
     place = {"a": 0, "b": 1, "c": 4, "d": 5, "e": 2}
     rows = kinds(3)
@@ -367,5 +367,5 @@ def test_new_labels_get_names_from_their_texts() -> None:
     found = SoftLabels.from_dense(probs, labels).add_to(rows)
     named = name_new_labels(found, labels, Namer(), known=2, use_case="to sort food")
     assert named.ids == labels.ids
-    assert named.names == ("apples", "bees", "eggs", "new 2", "cherries", "apples (new 4)")
+    assert named.names == ("Apples", "bees", "eggs", "new 2", "cherries", "apples (new 4)")
     assert named.descriptions == ("red", "", "all eggs", "", "all cherries", "all apples")

@@ -162,6 +162,60 @@ def test_the_ladder_of_temperatures_and_the_kept_labels() -> None:
     assert got.labels.names == ("one", "review")
 
 
+LONG = "word " * 30
+CHINESE = json.dumps({"labels": ["\u8d39\u7528", "\u5361\u7247"]})
+BAD_REPLIES = {
+    "the name 'name' is that of the format example": reply("one", "name"),
+    "5 labels, at most 4 were asked": reply(*"abcde"),
+    "is longer than 10 words": reply("one", LONG),
+    "written in cjk script, but the texts are in latin": CHINESE,
+    "neither JSON, nor a Markdown table, nor a list": "| name |\n\nThe labels fit.",
+}
+
+
+@pytest.mark.parametrize("problem", BAD_REPLIES)
+def test_the_labels_before_stay_whatever_is_wrong_with_an_update(problem: str) -> None:
+    engine = Scripted(lambda step, n: BAD_REPLIES[problem] if step == "update" else reply("x", "y"))
+    got = found(20, engine, max_labels=4)
+    entry = got.history[1]
+    assert (entry["step"], entry["labels"], entry["attempts"]) == ("update", ["x", "y"], 6)
+    assert problem in entry["problem"]
+    assert got.labels.names == ("x", "y")
+
+
+def test_an_update_that_repeats_a_name_is_taken_once() -> None:
+    said = {"generate": reply("x", "y"), "update": reply("z", "Z", "w"), "review": "??"}
+    got = found(20, Scripted(lambda step, n: said[step]))
+    assert got.history[1]["labels"] == ["z", "w"]
+    assert got.history[1]["problem"] == "repeated names were taken once (repeated: 'Z')"
+    assert got.labels.names == ("z", "w")
+
+
+def test_texts_without_blanks_are_shown_as_so_many_characters() -> None:
+    texts = ["\u8d39\u7528" * 500 + str(i) for i in range(4)]
+    engine = Scripted(lambda step, n: CHINESE)
+    rows = Dataset.from_dict({"id": list("abcd"), "text": texts})
+    induce(rows, engine, use_case="tests", words=5)
+    shown = re.findall("[\u4e00-\u9fff]+", engine.of("generate")[0]["user"])
+    assert [len(some) for some in shown] == [80] * 4  # 2 x 5 words of 8 characters
+
+
+def test_held_out_texts_are_encoded_once() -> None:
+    class Counting(Topics):
+        texts = 0
+
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            self.texts += sum(text.startswith("text") for text in texts)
+            return super().encode(texts, **options)
+
+    encoder = Counting()
+    rows = Dataset.from_dict(
+        {"id": [f"{i}" for i in range(50)], "text": [f"text {i} cat" for i in range(50)]}
+    )
+    induce(rows, Scripted(), use_case="tests", batch_rows=10, runs=3, encoder=encoder)
+    assert encoder.texts == 10
+
+
 def test_a_later_attempt_counts() -> None:
     engine = Scripted(lambda step, n: "??" if step == "generate" and n < 2 else reply("one", step))
     got = found(5, engine)

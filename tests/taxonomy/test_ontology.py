@@ -92,6 +92,12 @@ def test_terms_and_types_of_documents() -> None:
     assert set(EXTRACT_COLUMNS) == set(got.column_names) - {"id", "text"}
 
 
+def test_json_in_a_fence_is_read() -> None:
+    said = 'Here:\n```json\n{"terms": ["poodle"], "types": ["animal"]}\n```'
+    got = extract(table("a poodle"), Scripted(said)).to_list()[0]
+    assert [got["terms"], got["types"], got["error"]] == [["poodle"], ["animal"], None]
+
+
 @pytest.mark.parametrize(
     ("said", "finish", "why"),
     [

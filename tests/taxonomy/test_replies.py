@@ -67,6 +67,14 @@ READ = {
         "1. Score: 70\n2. Explanation: fits\n3. Suggestions: none\n4. Labels:\n"
         "- Lost card: a card is gone\n- Fees: what a transfer costs"
     ),
+    "a list of remarks is none": f'{json.dumps(WHOLE)}\nSuggestions: ["Merge all", "Split some"]',
+    "numbers in brackets are none": f"{json.dumps(WHOLE)}\nI merged labels [1, 2].",
+    "brackets beside a table": f'Suggestions: merge ["Fees", "Costs"]\nLabels:\n{TABLE}\nSee [1].',
+    "a table of changes is none": f"{TABLE}\n\nChanges:\n\n| old | new |\n|---|---|\n| a | b |",
+    "points below a label describe it": (
+        "1. **Lost card**\n   - Description: a card is gone\n   - Example: mine\n"
+        "2. **Fees**\n   - Description: what a transfer costs"
+    ),
 }
 
 
@@ -89,6 +97,15 @@ def test_a_score_that_is_none_is_left_out(score: Any) -> None:
     assert read_labels(json.dumps({"score": score, **WHOLE}), LIMITS).score is None
 
 
+def test_a_label_may_be_called_like_a_heading() -> None:
+    names = ("Fees", "Cards", "Suggestions", "Login")
+    listed = "\n".join(f"{n}. {name}: about it" for n, name in enumerate(names, start=1))
+    assert read_labels(listed, LIMITS).names == names
+    assert read_labels(f"{listed}\n5. Explanation: they fit", LIMITS) == Proposal(
+        names, ("about it",) * 4, explanation="they fit"
+    )
+
+
 def labels(*names: str, description: str = "") -> str:
     return json.dumps({"labels": [{"name": n, "description": description} for n in names]})
 
@@ -97,6 +114,7 @@ REFUSED = {
     "": "neither JSON, nor a Markdown table, nor a list",
     "I would like to help you.": "neither JSON, nor a Markdown table, nor a list",
     '{"labels": [{"name": "Lost card"}, {"na': "the JSON is broken or ends too early",
+    '```json\n{"labels": ["Lost card", "Fees"], "explanation": "it is\n```': "the JSON is broken",
     '{"labels": []}': "JSON without a list of labels",
     '{"clusters": [1]}': "JSON without a list of labels",
     '{"labels": [{"name": "..."}, {"name": "label name"}]}': "the format example was repeated",
