@@ -65,6 +65,18 @@ def test_named_files_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_modules_of_papers_exist() -> None:
+    lines = README.split("## Papers")[1].split("\n")
+    cells = [line.split(" | ")[1] for line in lines if line.count(" | ") == 3][1:]
+    assert len(cells) > 20
+    for cell in cells:
+        folder = ROOT / "llmlabel"
+        for name in re.findall(r"`([\w/.]+)`", cell):
+            path = ROOT / "llmlabel" / name if "/" in name else folder / name
+            assert path.exists(), name
+            folder = path.parent
+
+
 def test_the_python_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path
 ) -> None:
