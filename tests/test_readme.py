@@ -67,7 +67,7 @@ def test_named_files_exist() -> None:
 
 def test_modules_of_papers_exist() -> None:
     lines = README.split("## Papers")[1].split("\n")
-    cells = [line.split(" | ")[1] for line in lines if line.count(" | ") == 3][1:]
+    cells = [line.split("|")[2] for line in lines if line.startswith("|")][2:]
     assert len(cells) > 20
     for cell in cells:
         folder = ROOT / "llmlabel"
