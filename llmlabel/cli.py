@@ -174,14 +174,16 @@ def labels(
 
 def _read_labels(file: Path) -> "LabelSpace":
     """The labels of any kind of file; what had to be changed to read it is told on stderr."""
-    from llmlabel.labelspace import load_labels
+    from llmlabel.labelspace import files, load_labels, ontologies
     from llmlabel.labelspace.show import printable
     from llmlabel.labelspace.sources import import_labels
 
-    try:
-        return load_labels(file)
-    except ValueError:  # it is no label file, or a broken one
-        pass
+    # Of an ontology load_labels does not tell what it leaves out.
+    if files.suffix(file) not in ontologies.SUFFIXES:
+        try:
+            return load_labels(file)
+        except ValueError:  # it is no label file, or a broken one
+            pass
     cleaning = import_labels(file)
     for change in cleaning.summary().splitlines():
         typer.echo(printable(f"{file}: {change}"), err=True)

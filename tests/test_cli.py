@@ -269,6 +269,27 @@ def test_labels_are_converted_and_what_was_cleaned_is_told(shop: Path) -> None:
     assert not (shop / "tidy.xyz").exists()
 
 
+def test_what_an_ontology_leaves_out_is_told(shop: Path) -> None:
+    (shop / "wild.ttl").write_text(
+        "@prefix skos: <http://www.w3.org/2004/02/skos/core#> .\n"
+        "@prefix owl: <http://www.w3.org/2002/07/owl#> .\n"
+        "@prefix y: <http://y.org/> .\n"
+        'y:cat a skos:Concept ; skos:prefLabel "cat"@en .\n'
+        'y:dog a skos:Concept ; skos:prefLabel "dog"@en .\n'
+        'y:dodo a skos:Concept ; skos:prefLabel "dodo"@en ; owl:deprecated true .\n'
+    )
+    done = llmlabel("labels", "wild.ttl")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "cat  [http://y.org/cat]\ndog  [http://y.org/dog]\n"
+    assert done.stderr == "wild.ttl: 1 x deprecated (left out): 'http://y.org/dodo'\n"
+
+
+def test_a_misspelt_key_of_a_label_file_is_named(shop: Path) -> None:
+    done = llmlabel("labels", write("labels: [{id: a}, {id: b}]\nmultilable: true\n"))
+    assert done.exit_code == 2
+    assert "unknown key 'multilable'; did you mean 'multilabel'" in done.stderr
+
+
 def test_two_versions_of_labels_are_compared(shop: Path) -> None:
     newer = TREE.replace("{id: tabby, parent: cat}", "{id: fish, parent: animal}")
     (shop / "newer.yaml").write_text(newer.replace("name: dog", 'name: "hot\\e[31m dog"'))
@@ -280,6 +301,9 @@ def test_two_versions_of_labels_are_compared(shop: Path) -> None:
         "removed 'tabby' from 'cat'",
     ]
     assert llmlabel("labels", "small.yaml", "--diff", "small.yaml").stdout == "no changes\n"
+    (shop / "newer.yaml").write_text("\n".join(reversed(TREE.strip().split("\n"))))
+    done = llmlabel("labels", "small.yaml", "--diff", "newer.yaml")
+    assert done.stdout == "also changed: order of labels; move old rows with carry_over\n"
 
 
 def test_labels_that_cannot_be_read_are_one_line(shop: Path) -> None:

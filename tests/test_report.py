@@ -10,12 +10,14 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from datasets import Dataset, List, Value
+from reference.graph import above, random_dag
 
 from llmlabel.calibrate.conformal import Conformal
 from llmlabel.data import with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.metrics import promised_coverage
 from llmlabel.report import plots, write_report
-from llmlabel.report.taxonomy import score_series
+from llmlabel.report.taxonomy import rows_below, score_series
 from llmlabel.softlabels import SoftLabels
 from llmlabel.taxonomy.induce import Taxonomy
 
@@ -190,6 +192,16 @@ def test_a_row_without_a_prediction_is_wrong_and_has_a_column_of_its_own(tmp_pat
     assert report["provenance"]["sources"]["student"]["rows_without_label"] == 1
 
 
+def test_the_promise_is_for_the_rows_that_coverage_is_measured_on(tmp_path: Path) -> None:
+    gold = lists([[0], None, [2], None, [1], [2]])
+    sources = {"student": table(STUDENT, set_ids=lists(SETS), gold=gold)}
+    sets = report_of(tmp_path, sources)[0]["coverage"]
+    assert (sets["rows"], sets["measured_rows"]) == (2, 4)
+    promised = promised_coverage(calibration_rows=100, rows=2, alpha=0.25)
+    assert promised != promised_coverage(calibration_rows=100, rows=4, alpha=0.25)
+    assert (sets["promised_low"], sets["promised_high"]) == promised
+
+
 def test_gold_that_is_none_of_the_labels_is_never_covered(tmp_path: Path) -> None:
     gold = lists([[0], [1], [], [0], [1], [2]])
     sources = {"student": table(STUDENT, set_ids=lists(SETS), gold=gold)}
@@ -338,6 +350,16 @@ def test_in_a_hierarchy_answers_are_found_from_the_top_and_near_ones_count(tmp_p
     assert "a 3 3 true &lt;b&gt;one&lt;/b&gt; 2 1 true two 0 1 true b 0 1 true b1 0 1 true" in told
     assert "<details open><summary><bdi>a</bdi>" in html
     assert "student 25.0 % (0.6 % to 80.6 %) 66.7 % 1.00 –" in section(html, "costs")  # noqa: RUF001
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_below_equal_the_loop(seed: int) -> None:
+    labels, rng = random_dag(seed), np.random.default_rng(seed)
+    rows = rng.integers(5, size=(count := int(rng.integers(12)))) * 7
+    answered = rng.integers(len(labels), size=count)
+    pairs = {(row, up) for row, at in zip(rows, answered, strict=True) for up in above(labels, at)}
+    expected = [sum(up == label for _, up in pairs) for label in range(len(labels))]
+    assert rows_below(labels, rows, answered).tolist() == expected
 
 
 def test_a_hierarchy_without_gold_shows_the_rows(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ RULES = {
     "unnamed parent": "the edge is left out",
     "other language": "the name is in the first language that there is",
     "unused column": "not read",
+    "no path": "left out",
 }
 """Kind of change -> what is done."""
 
@@ -208,7 +209,7 @@ def _level(value: Any) -> _Level:
 
 
 def _parents(entry: Mapping[str, Any], draft: _Draft) -> Iterator[tuple[str, float | None]]:
-    parents = values_of(entry.get("parents", entry.get("parent")))
+    parents = values_of(entry.get("parents")) or values_of(entry.get("parent"))
     probs = values_of(entry.get("parent_probs"))
     if probs and len(probs) != len(parents):
         raise ValueError(f"{len(parents)} parents and {len(probs)} parent_probs in {dict(entry)}")

@@ -20,6 +20,7 @@ import io
 import json
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,12 @@ def _read_text(path: Path) -> str:
 def parse(content: Any, *, multilabel: bool, separator: str = SEPARATOR) -> LabelSpace:
     """The label space that the content of a label file describes."""
     if isinstance(content, dict):
-        _check_keys(content, ("labels", "multilabel"), "the label file")
-        stated = content.get("multilabel", False)
-        if not isinstance(stated, bool):
-            raise ValueError(f"multilabel must be true or false; got {stated!r}")
+        content, stated = unwrapped(content)
         multilabel = multilabel or stated
-        content = content.get("labels")
     if not isinstance(content, list):
         kind = type(content).__name__
         raise ValueError(f"labels must be a list of names or of mappings; got {kind}")
-    plain = without_paths(content, separator)
-    entries = [_entry(entry, f"label {n}") for n, entry in enumerate(plain, start=1)]
+    entries = [_entry(entry, f"label {n}") for n, entry in _without_paths(content, separator)]
     ids, names, descriptions, parents, probs = zip(*entries, strict=True) if entries else ((),) * 5
     return LabelSpace(
         ids=tuple(ids),
@@ -125,6 +121,15 @@ def parse(content: Any, *, multilabel: bool, separator: str = SEPARATOR) -> Labe
         if any(probs)
         else (),
     )
+
+
+def unwrapped(content: Mapping[Any, Any]) -> tuple[Any, bool]:
+    """The labels of `{labels: ..., multilabel: ...}`, and whether it says that it is multi-label."""
+    _check_keys(content, ("labels", "multilabel"), "the label file")
+    stated = content.get("multilabel", False)
+    if not isinstance(stated, bool):
+        raise ValueError(f"multilabel must be true or false; got {stated!r}")
+    return content.get("labels"), stated
 
 
 def write(labels: LabelSpace, path: Path) -> str:
@@ -193,15 +198,21 @@ def without_paths(entries: list[Any], separator: str) -> list[Any]:
 
     The id of such a label is its path, unless the entry gives one.
     """
+    return [entry for _, entry in _without_paths(entries, separator)]
+
+
+def _without_paths(entries: list[Any], separator: str) -> list[tuple[int, Any]]:
+    """The same, each with the number of the entry that it comes from."""
     ids: dict[tuple[str, ...], str] = {}
     for n, entry in enumerate(entries, start=1):
         if isinstance(entry, dict) and "path" in entry:
             path = _parts(entry["path"], separator, f"path of label {n}")
             ids.setdefault(path, entry.get("id") or _joined(path, separator))
-    found, made = [], set(ids)
+    found: list[tuple[int, Any]] = []
+    made = set(ids)
     for n, entry in enumerate(entries, start=1):
         if not (isinstance(entry, dict) and "path" in entry):
-            found.append(entry)
+            found.append((n, entry))
             continue
         if both := {"parent", "parents"} & set(entry):
             raise ValueError(f"label {n} has both `path` and `{min(both)}`; keep one")
@@ -213,7 +224,7 @@ def without_paths(entries: list[Any], separator: str) -> list[Any]:
             lines.append((above, {}))
         for line, rest in reversed(lines):
             parents = [ids[line[:-1]]] if line[:-1] else []
-            found.append({"name": line[-1], **rest, "id": ids[line], "parents": parents})
+            found.append((n, {"name": line[-1], **rest, "id": ids[line], "parents": parents}))
     return found
 
 
@@ -367,7 +378,7 @@ def _text(value: Any, what: str) -> str:
     return value.strip()
 
 
-def _check_keys(mapping: dict[Any, Any], allowed: tuple[str, ...], what: str) -> None:
+def _check_keys(mapping: Mapping[Any, Any], allowed: tuple[str, ...], what: str) -> None:
     for key in mapping:
         if key not in allowed:
             raise ValueError(

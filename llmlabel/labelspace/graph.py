@@ -130,9 +130,11 @@ def _heaviest(mass: dict[int, float], some: list[int] | tuple[int, ...], least: 
     return -max(weighed)[1] if weighed else -1
 
 
-def lowest_common_ancestors(labels: LabelSpace, a: int, b: int) -> list[int]:
-    """Of what is above both (or one of them) the lowest: those with no other of them below."""
-    common = set(ancestors(labels, a, itself=True)) & set(ancestors(labels, b, itself=True))
+def lowest_common_ancestors(labels: LabelSpace, *some: int) -> list[int]:
+    """Of what is above all of these (or one of them) the lowest: with no other such label below."""
+    if not some:
+        return []
+    common = set.intersection(*(set(ancestors(labels, one, itself=True)) for one in some))
     above = {p for label in common for p in labels.parent_positions[label]}
     return sorted(common - above)
 

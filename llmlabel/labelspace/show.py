@@ -62,7 +62,8 @@ def tree_text(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
     lines: list[str] = []
-    shown_below: set[int] = set()
+    reached: dict[int, int] = {}  # how many levels below each label are shown above
+    heights = _heights(labels)
     # What is below a label is pushed last to first, so that it comes off the stack in order.
     waiting: list[tuple[int | str, str, str, int]] = []
     _push(waiting, labels.roots, "", 1, most_children)
@@ -73,16 +74,26 @@ def tree_text(
             continue
         children = labels.children[label]
         note = ""
-        if children and label in shown_below:
+        reach = heights[label] if depth is None else min(heights[label], depth - level)
+        if children and reached.get(label, -1) >= reach:
             note, children = " (see above)", ()
         elif depth is not None and level >= depth:
             note, children = f" ... {len(children):,} more" if children else "", ()
         lines.append(_cut(f"{margin}{edge}{_line(labels, label, counts, note)}", width))
         if children:
-            shown_below.add(label)
+            reached[label] = reach
             below = margin + {"": "", "├── ": "│   ", "└── ": "    "}[edge]
             _push(waiting, children, _narrow(below, level, width), level + 1, most_children)
     return "\n".join(lines)
+
+
+def _heights(labels: LabelSpace) -> list[int]:
+    """The longest way down from each label, in edges."""
+    found = [0] * len(labels)
+    for label in reversed(labels.topological):
+        for parent in labels.parent_positions[label]:
+            found[parent] = max(found[parent], found[label] + 1)
+    return found
 
 
 def _push(

@@ -31,7 +31,8 @@ def import_labels(
             `parent`, `level`, `description`; rows of edges with `child`, `parent`, `prob`; paths
             from a root, as lists, as a column `path` or several, or as texts with a separator; names
             (a list, an array of classes); a tree of mappings and lists, where a name is an id; a
-            `Dataset`; a `LabelSpace`.
+            `Dataset`; a `LabelSpace`. Where rows with a `path` have an `id` (or a parent) too, it is
+            read only as `columns` say, or when they are entries of a label file and one has no path.
         columns: Meaning (`id`, `name`, `parent`, `path`, ...) -> column, where they differ; a list
             of columns for `path`, one a level.
         separator: Stands between the names of a path; without one a text is one name, and only in
@@ -54,9 +55,9 @@ def import_labels(
         if isinstance(content, LabelSpace):
             multilabel = multilabel or content.multilabel
             content = files.entries_of(content)
-        if isinstance(content, Mapping) and {"labels"} <= set(content) <= {"labels", "multilabel"}:
-            multilabel = multilabel or content.get("multilabel") is True
-            content = content["labels"]
+        if isinstance(content, Mapping) and _is_label_file(content):
+            content, stated = files.unwrapped(content)
+            multilabel = multilabel or stated
         if isinstance(content, Mapping):
             content = _tree_entries(content, told)
         elif isinstance(content, Iterable) and not isinstance(content, str):
@@ -71,9 +72,23 @@ def import_labels(
         raise ValueError(f"{place}{error}") from None
 
 
+def _is_label_file(content: Mapping[Any, Any]) -> bool:
+    """Whether it is `{labels: ...}`, with a misspelt key where `labels` are clearly entries."""
+    if "labels" not in content:
+        return False
+    entries = values_of(content["labels"])
+    return set(content) <= {"labels", "multilabel"} or any(
+        isinstance(entry, Mapping) and isinstance(entry.get(key), str | int)
+        for entry in entries
+        for key in ("id", "name")
+    )
+
+
 def _rows(content: Any) -> Iterable[Any]:
     if hasattr(content, "iterrows"):  # a DataFrame of pandas iterates over its columns
-        return content.to_dict("records")
+        # Where a cell of a column is empty, whole numbers are floats and 1 would be "1.0".
+        whole = content.convert_dtypes().astype(object)
+        return whole.where(whole.notna(), None).to_dict("records")
     return content.tolist() if isinstance(content, np.ndarray) else content
 
 
@@ -83,12 +98,12 @@ def _row_entries(
     separator: str | None,
     told: dict[str, list[tuple[str, ...]]],
 ) -> tuple[list[Any], list[list[Any]]]:
+    between = separator or files.SEPARATOR
     if not all(isinstance(row, Mapping) for row in rows):
-        paths = any(isinstance(row, list | tuple | np.ndarray) for row in rows)
-        if separator is None and not paths:
-            return files.without_paths(rows, files.SEPARATOR), []
-        return _path_entries([{"path": row} for row in rows], {"path": "path"}, separator), []
+        return _name_entries(rows, separator), []
     names = dict.fromkeys(name for row in rows for name in row)
+    if not columns and _are_label_entries(rows, names, between):
+        return _label_entries(rows, between), []
     used = _used_columns(list(names), columns)
     if not used:
         return _tree_entries(rows, told), []
@@ -96,7 +111,10 @@ def _row_entries(
     if unused := [(name,) for name in names if name not in flat]:
         told.setdefault("unused column", []).extend(unused)
     if "path" in used:
-        return _path_entries(rows, used, separator), []
+        for number, row in enumerate(rows, start=1):
+            if not _path(row, used["path"], between):
+                told.setdefault("no path", []).append((f"row {number}",))
+        return _path_entries(rows, used, between), []
     plain = {meaning: str(column) for meaning, column in used.items()}
     if "child" in plain:
         edges = [[row.get(column) for column in plain.values()] for row in rows]
@@ -105,6 +123,17 @@ def _row_entries(
         # A child without a parent is a root.
         return given, [edge for edge in edges if not (is_missing(edge[1]) or edge[1] == "")]
     return [{key: row.get(column) for key, column in plain.items()} for row in rows], []
+
+
+def _name_entries(rows: list[Any], separator: str | None) -> list[Any]:
+    """Of names and paths, some of which may be entries of a label file."""
+    between = separator or files.SEPARATOR
+    paths = separator is not None or any(isinstance(row, list | tuple | np.ndarray) for row in rows)
+    if any(isinstance(row, Mapping) for row in rows):
+        return _label_entries(rows, between, paths=paths)
+    return (
+        _path_entries([{"path": row} for row in rows], {"path": "path"}, between) if paths else rows
+    )
 
 
 def _used_columns(
@@ -132,18 +161,47 @@ def _used_columns(
     return found
 
 
+def _are_label_entries(rows: list[Mapping[str, Any]], names: Iterable[str], between: str) -> bool:
+    """Whether they are entries of a label file, some with a path and some without."""
+    names = set(names)
+    lacking = [row for row in rows if not _path(row, "path", between)]
+    return (
+        "path" in names
+        and names <= {*files.ENTRY_KEYS, "level"}
+        and any(not is_missing(row.get(key)) for row in lacking for key in ("id", "name"))
+    )
+
+
+def _label_entries(rows: list[Any], between: str, *, paths: bool = False) -> list[Any]:
+    """Entries of a label file, whatever a table has in empty cells; with `paths` texts are paths."""
+    entries: list[Any] = []
+    for row in rows:
+        if not (paths or isinstance(row, Mapping)):
+            entries.append(row)
+            continue
+        given = dict(row) if isinstance(row, Mapping) else {"path": row}
+        path = _path(given, "path", between)
+        given = {key: v for key, v in given.items() if key != "path" and not is_missing(v)}
+        entries.append({"path": list(path), **given} if path else given)
+    return files.without_paths(entries, between)
+
+
+def _path(row: Mapping[str, Any], columns: str | list[str], between: str) -> tuple[str, ...]:
+    """The names from a root down, none where the row has no path."""
+    cells = [cell for column in values_of(columns) for cell in values_of(row.get(column))]
+    parts = [str(cell).strip() for cell in cells if not is_missing(cell)]
+    if len(parts) == 1 and len(cells) == 1:
+        parts = [part.strip() for part in parts[0].split(between)]
+    return tuple(part for part in parts if part)
+
+
 def _path_entries(
-    rows: Sequence[Mapping[str, Any]], used: Mapping[str, str | list[str]], separator: str | None
+    rows: Sequence[Mapping[str, Any]], used: Mapping[str, str | list[str]], between: str
 ) -> list[Any]:
-    between = separator or files.SEPARATOR
     others = {key: str(column) for key, column in used.items() if key != "path"}
     paths: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        cells = [cell for column in values_of(used["path"]) for cell in values_of(row.get(column))]
-        parts = [str(cell).strip() for cell in cells if not is_missing(cell)]
-        if len(parts) == 1 and len(cells) == 1:
-            parts = [part.strip() for part in parts[0].split(between)]
-        if path := tuple(part for part in parts if part):
+        if path := _path(row, used["path"], between):
             rest = {key: row.get(column) for key, column in others.items()}
             paths.setdefault(path, {key: v for key, v in rest.items() if not is_missing(v)})
     return files.without_paths(

@@ -42,7 +42,11 @@ class LabelDiff:
 
     @property
     def is_empty(self) -> bool:
-        """Whether every label is as it was."""
+        """Whether each label has the id, texts and parents that it had.
+
+        The order, `multilabel` and `parent_probs` may differ (see `describe`), so that rows still
+        have to be carried over where the fingerprints differ.
+        """
         return len(self.kept) == len(self.successors) and not self.added
 
 
@@ -117,7 +121,10 @@ def _has_moved(
 
 
 def describe(diff: LabelDiff, old: LabelSpace, new: LabelSpace) -> list[str]:
-    """One line for each change, for a person: what happened, then the labels."""
+    """One line for each change, for a person: what happened, then the labels.
+
+    What differs besides the labels (their order, `multilabel`, `parent_probs`) is the last line.
+    """
 
     def parents(space: LabelSpace, id: str) -> str:
         return _listed(space.parents[space.index(id)]) or "the top"
@@ -143,7 +150,33 @@ def describe(diff: LabelDiff, old: LabelSpace, new: LabelSpace) -> list[str]:
     lines += [f"merged {_listed(some)} into {id!r}" for id, some in diff.merged.items()]
     lines += [f"added {id!r} below {parents(new, id)}" for id in diff.added]
     lines += [f"removed {id!r} from {parents(old, id)}" for id in diff.removed]
+    if others := _other_differences(diff, old, new):
+        refused = ", which refuses a change of multilabel" * ("multilabel" in others)
+        lines.append(f"also changed: {', '.join(others)}; move old rows with carry_over{refused}")
     return lines
+
+
+def _other_differences(diff: LabelDiff, old: LabelSpace, new: LabelSpace) -> list[str]:
+    """What changes the fingerprint though each label is as it was."""
+    single = sorted(map(old.index, (*diff.kept, *{*diff.renamed, *diff.moved})))
+    after = {old.ids[at]: diff.successors[old.ids[at]][0] for at in single}
+    places = [new.index(id) for id in after.values()]
+    orders, probs = False, bool(old.parent_probs) != bool(new.parent_probs)
+    edges_before = [edges for *_, edges in _entries(old)]
+    edges_now = [edges for *_, edges in _entries(new)]
+    for at, place in zip(single, places, strict=True):
+        before = {after.get(parent): prob for parent, prob in edges_before[at]}
+        now = dict(edges_now[place])
+        if before.keys() == now.keys():  # else it was moved, or a parent was split or merged
+            orders |= [*before] != [*now]
+            probs |= before != now
+    found = {
+        "order of labels": places != sorted(places),
+        "order of parents": orders,
+        "multilabel": old.multilabel != new.multilabel,
+        "parent_probs": probs,
+    }
+    return [what for what, differs in found.items() if differs]
 
 
 def _listed(ids: Sequence[str]) -> str:

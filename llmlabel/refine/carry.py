@@ -181,7 +181,9 @@ def _check_positions(dataset: Dataset, old: LabelSpace) -> None:
         for row, some in enumerate(dataset[name][:]):
             for one in some or ():
                 label = one["label_id"] if name == "votes" else one
-                if not 0 <= label < len(old):
+                if label is None and name == "votes":  # an abstention
+                    continue
+                if label is None or not 0 <= label < len(old):
                     raise ValueError(
                         f"row {row}: {name} has the label {label}, but the old labels are 0 to "
                         f"{len(old) - 1}; give the label space of these rows"
@@ -203,9 +205,8 @@ def _lowest_above(some: set[int], labels: LabelSpace, depths: Int[np.ndarray, " 
     """The lowest label that all of these are or are below; of several the deepest, then the first."""
     if len(some) < 2:
         return next(iter(some), _NOWHERE)
-    common = set.intersection(*(set(graph.ancestors(labels, one, itself=True)) for one in some))
-    above = {parent for label in common for parent in labels.parent_positions[label]}
-    return min(common - above, key=lambda label: (-depths[label], label), default=_NOWHERE)
+    common = graph.lowest_common_ancestors(labels, *some)
+    return min(common, key=lambda label: (-depths[label], label), default=_NOWHERE)
 
 
 def _moved(soft: SoftLabels, places: list[int], new: LabelSpace) -> SoftLabels:
@@ -248,17 +249,20 @@ def _votes(
 ) -> list[dict[str, Any]] | None:
     if votes is None:
         return None
-    found: dict[tuple[str, int], float] = {}
+    moved: list[dict[str, Any]] = []
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for vote in votes:
-        if (place := places[vote["label_id"]]) != _NOWHERE:
-            key, prob = (vote["source"], place), vote["prob"]
-            found[key] = (
-                max(found.get(key, 0.0), prob) if new.multilabel else found.get(key, 0.0) + prob
-            )
-    return [
-        {"source": source, "label_id": place, "prob": prob}
-        for (source, place), prob in found.items()
-    ]
+        if vote["label_id"] is None:  # an abstention
+            moved.append(vote)
+        elif (place := places[vote["label_id"]]) != _NOWHERE:
+            prob = 1.0 if vote["prob"] is None else vote["prob"]
+            same = found.get((vote["source"], place))
+            if same is None:
+                moved.append({"source": vote["source"], "label_id": place, "prob": prob})
+                found[vote["source"], place] = moved[-1]
+            else:
+                same["prob"] = max(same["prob"], prob) if new.multilabel else same["prob"] + prob
+    return moved
 
 
 def _gold_carried(

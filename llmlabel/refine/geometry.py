@@ -60,6 +60,9 @@ def frechet_predict(
     ever answered; its paper takes -F as logits where it trains. What a row's probabilities miss to 1
     stays missing; a row without a soft label stays without.
 
+    In a hierarchy `llmlabel.labelspace.graph.answers`, and so a report, goes down by the mass of
+    whole subtrees and may answer another label than the first; with `keep=1` it is the mean itself.
+
     Loki needs peaked probabilities: of a flat distribution over many labels the mean is the centre
     of the label space, whatever the text says. `top` and `temperature` sharpen. Expected distance is
     what improves; the share of exactly right answers may fall.

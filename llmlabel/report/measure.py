@@ -280,7 +280,7 @@ def coverage(run: Run) -> dict[str, Any] | None:
     result |= _covered(sets, run.gold)
     if run.conformal is not None:
         result["promised_low"], result["promised_high"] = metrics.promised_coverage(
-            calibration_rows=run.conformal.rows, rows=len(here), alpha=run.conformal.alpha
+            calibration_rows=run.conformal.rows, rows=len(run.rows), alpha=run.conformal.alpha
         )
     result["classes"] = {
         name: _covered(sets[there], run.gold[there])

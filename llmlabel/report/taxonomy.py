@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from scipy.sparse import csr_array
 
 from llmlabel import metrics
-from llmlabel.labelspace import graph
+from llmlabel.labelspace import LabelSpace, graph
 from llmlabel.report.measure import Run, values_of
 from llmlabel.taxonomy.induce import Taxonomy
 
@@ -24,11 +25,11 @@ def hierarchy(run: Run) -> dict[str, Any] | None:
         "leaves": len(labels.leaves),
         "levels": int(graph.depths(labels).max()) + 1,
         "sources": {name: _scores(run, name) for name in run.tables},
-        "rows": _by_id(run, _rows_below(run, *_answered(run))),
+        "rows": _by_id(run, rows_below(labels, *_answered(run))),
         "gold": None,
     }
     if len(run.rows):
-        result["gold"] = _by_id(run, _rows_below(run, *_gold(run)))
+        result["gold"] = _by_id(run, rows_below(labels, *_gold(run)))
     return result
 
 
@@ -66,16 +67,21 @@ def _gold(run: Run) -> tuple[Cells, Cells]:
     return np.flatnonzero(run.gold >= 0), run.gold[run.gold >= 0]
 
 
-def _rows_below(run: Run, rows: Cells, labels: Cells) -> Counts:
-    """Number of rows with each label or one below it; a row counts once."""
-    above = run.labels.ancestors
-    pairs = {
-        (row, label)
-        for row, at in zip(rows.tolist(), labels.tolist(), strict=True)
-        for label in above[at]
-    }
-    found = np.array([label for _, label in pairs], dtype=np.int64)
-    return np.bincount(found, minlength=len(run.labels))
+def rows_below(labels: LabelSpace, rows: Cells, answered: Cells) -> Counts:
+    """Number of rows with each label or one below it; a row counts once.
+
+    Args:
+        labels: the hierarchy.
+        rows: the row of each answer, which may have several.
+        answered: its label.
+    """
+    _, rows = np.unique(rows, return_inverse=True)
+    shape = len(rows), len(labels)  # at most so many rows
+    said = csr_array((np.ones(len(rows), dtype=np.int32), (rows, answered)), shape=shape)
+    above = said @ graph.closure(labels).astype(
+        np.int32
+    )  # each cell once, however often it is said
+    return np.bincount(above.indices, minlength=len(labels))
 
 
 def _by_id(run: Run, counts: Counts) -> dict[str, int]:

@@ -185,6 +185,15 @@ def test_block_ids_that_are_also_codes(order: list[int]) -> None:
     assert told(cleaning) == {"id on several levels": [("C50", "block:C50")]}
 
 
+def test_entries_may_say_parent_or_parents() -> None:
+    entries = ["a", {"id": "b", "parent": "a"}, {"id": "c", "parents": ["a", "b"]}]
+    expected = ((), ("a",), ("a", "b"))
+    assert clean_labels(entries).labels.parents == expected
+    assert import_labels(entries[1:], absent="make").labels.parents[:2] == expected[1:]
+    filled = [{"id": "a"}, {"id": "b", "parent": "a", "parents": None}, entries[2]]
+    assert clean_labels(filled).labels.parents == expected
+
+
 def test_without_levels_one_id_is_one_label() -> None:
     rows = [{key: row[key] for key in row if key != "level"} for row in BLOCKS]
     cleaning = import_labels(rows)

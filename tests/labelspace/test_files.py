@@ -197,6 +197,13 @@ def test_bad_paths(entry: dict[str, Any], message: str) -> None:
         load_labels([entry, "b"])
 
 
+def test_errors_number_the_entries_as_they_were_given() -> None:
+    with pytest.raises(ValueError, match=r"^label 2 is the int 7, not text"):
+        load_labels([{"path": "a > b > c"}, 7])
+    with pytest.raises(ValueError, match=r"^label 2 has the unknown key 'nmae'"):
+        load_labels([{"path": "a > b > c"}, {"nmae": "d"}])
+
+
 def test_one_path_twice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"labels 2 and 3 have the same id 'a > b'"):
         load_labels([{"path": "a > b"}, {"path": "a > b"}])

@@ -88,6 +88,12 @@ def test_equals_the_definitions(seed: int) -> None:
         for j in range(n):
             expected = slow.lowest_common_ancestors(labels, i, j)
             assert graph.lowest_common_ancestors(labels, i, j) == sorted(expected)
+    assert graph.lowest_common_ancestors(labels) == []
+    for count in (1, 3):
+        some = rng.integers(n, size=count).tolist()
+        common = set.intersection(*(slow.above(labels, i) for i in some))
+        expected = {c for c in common if not any(c in slow.above(labels, d) for d in common - {c})}
+        assert graph.lowest_common_ancestors(labels, *some) == sorted(expected)
     probs = rng.dirichlet(np.ones(n), size=5) * (rng.random((5, n)) < 0.6)
     expected_probs = np.array(slow.node_probs(probs.tolist(), labels))
     np.testing.assert_allclose(graph.node_probs(probs, labels), expected_probs, atol=1e-12)

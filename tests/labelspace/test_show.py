@@ -98,6 +98,30 @@ def test_a_label_that_was_cut_at_one_place_is_unfolded_at_the_next() -> None:
     ]
 
 
+def test_what_the_depth_cut_below_a_label_is_shown_at_a_higher_place() -> None:
+    labels = load_labels(
+        [
+            {"id": "a"},
+            {"id": "b", "parent": "a"},
+            {"id": "x", "parents": ["b", "c"]},
+            {"id": "y", "parent": "x"},
+            {"id": "z", "parent": "y"},
+            {"id": "c"},
+        ]
+    )
+    assert tree_text(labels, depth=4).splitlines() == [
+        "a",
+        "└── b",
+        "    └── x",
+        "        └── y ... 1 more",
+        "c",
+        "└── x",
+        "    └── y",
+        "        └── z",
+    ]
+    assert tree_text(labels, depth=5).splitlines()[-2:] == ["c", "└── x (see above)"]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_tree_equals_the_recursion(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -109,7 +133,10 @@ def test_a_tree_equals_the_recursion(seed: int) -> None:
         [{"id": f"n{n}", "parents": [f"n{p}" for p in some]} for n, some in enumerate(parents)]
     )
     depth, most = int(rng.integers(2, 6)), int(rng.integers(1, 5))
-    done: set[int] = set()
+    done: dict[int, int] = {}  # label -> levels shown below it
+
+    def height(label: int) -> int:
+        return max((1 + height(n) for n in range(12) if label in parents[n]), default=0)
 
     def below(some: list[int], level: int) -> list[str]:
         lines = []
@@ -117,12 +144,13 @@ def test_a_tree_equals_the_recursion(seed: int) -> None:
             children = [n for n in range(12) if label in parents[n]]
             lines.append(f"n{label}")
             rest: list[str] = []
-            if children and label in done:
+            reach = min(height(label), depth - level)
+            if children and done.get(label, -1) >= reach:
                 lines[-1] += " (see above)"
             elif children and level == depth:
                 lines[-1] += f" ... {len(children)} more"
             elif children:
-                done.add(label)
+                done[label] = reach
                 rest = below(children, level + 1)
             is_last = at == len(some) - 1
             edge, margin = ("└── ", "    ") if is_last else ("├── ", "│   ")

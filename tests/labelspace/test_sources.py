@@ -111,6 +111,61 @@ def test_paths_with_ids_when_they_are_asked_for(tmp_path: Path) -> None:
     assert mixed.labels.ids == ("art", "a", "x")
 
 
+def test_entries_with_and_without_a_path() -> None:
+    entries = [{"path": "a > b", "id": "x"}, {"id": "y", "name": "z", "parent": "x"}]
+    expected = Cleaning(load_labels(entries), ())
+    assert expected.labels.ids == ("a", "x", "y")
+    table = Dataset.from_list(
+        [dict.fromkeys(("path", "id", "name", "parent")) | entry for entry in entries]
+    )
+    for source in (entries, table, table.to_pandas()):
+        assert import_labels(source) == expected
+    slashed = [{**entries[0], "path": "a/b"}, entries[1]]
+    assert import_labels(slashed, separator="/") == expected
+    mixed = [["c", "d"], "e/f", {"id": "g", "path": None, "parent": "c"}]
+    assert import_labels(mixed, separator="/").labels.ids == ("c", "c/d", "e", "e/f", "g")
+
+
+def test_texts_that_are_paths_beside_entries() -> None:
+    labels = import_labels(["a/b", {"id": "c", "parent": "a"}], separator="/").labels
+    assert labels.ids == ("a", "a/b", "c")
+    assert labels.parents == ((), ("a",), ("a",))
+    plain = import_labels(["a > b", {"id": "c", "path": None, "parent": "a > b"}]).labels
+    assert plain.parents == ((), ("a > b",))
+
+
+def test_rows_of_other_tables_without_a_path_are_told() -> None:
+    rows = [
+        {"id": "t1", "text": "one", "path": "a > b"},
+        {"id": "t2", "text": "two", "path": None},
+    ]
+    cleaning = import_labels(rows)
+    assert cleaning.labels.ids == ("a", "a > b")
+    assert told(cleaning) == {"unused column": [("id",), ("text",)], "no path": [("row 2",)]}
+    asked = import_labels(rows, columns={"id": "id"})
+    assert told(asked)["no path"] == [("row 2",)]
+
+
+def test_whole_numbers_in_a_data_frame_stay_whole() -> None:
+    rows = [
+        {"id": 1, "name": "a", "parent": None, "parent_probs": None},
+        {"id": 2, "name": "b", "parent": 1, "parent_probs": 0.5},
+        {"id": 3, "name": "c", "parent": 1, "parent_probs": 1.0},
+    ]
+    frame = Dataset.from_list(rows).to_pandas()
+    assert frame["parent"].dtype == float
+    labels = import_labels(frame).labels
+    assert labels.ids == ("1", "2", "3")
+    assert labels.parents == ((), ("1",), ("1",))
+    assert labels.parent_probs == ((), (0.5,), (1.0,))
+    several = [
+        {"id": "x", "parents": [], "parent_probs": []},
+        {"id": "y", "parents": ["x"], "parent_probs": [0.25]},
+    ]
+    listed = import_labels(Dataset.from_list(several).to_pandas()).labels
+    assert (listed.parents, listed.parent_probs) == (((), ("x",)), ((), (0.25,)))
+
+
 def test_a_data_frame() -> None:
     frame = Dataset.from_list([{"id": "a", "parent": None}, {"id": "b", "parent": "a"}]).to_pandas()
     assert import_labels(frame) == Cleaning(load_labels(["a", {"id": "b", "parent": "a"}]), ())
@@ -196,6 +251,16 @@ def test_a_label_file_or_label_space_says_multilabel() -> None:
     for source in ({"labels": ["a"], "multilabel": True}, load_labels(["a"], multilabel=True)):
         assert import_labels(source) == Cleaning(load_labels(["a"], multilabel=True), ())
     assert import_labels({"labels": {"a": ["b"]}}).labels.parents == ((), ("a",))
+
+
+def test_a_misspelt_key_of_a_label_file_is_no_branch_of_a_tree() -> None:
+    source: dict[str, Any] = {"labels": ["a", {"id": "b"}], "multilable": True}
+    with pytest.raises(ValueError, match=r"unknown key 'multilable'; did you mean 'multilabel'"):
+        import_labels(source)
+    with pytest.raises(ValueError, match="multilabel must be true or false; got 'yes'"):
+        import_labels({"labels": ["a", "b"], "multilabel": "yes"})
+    tree = import_labels({"labels": ["a", {"name": ["b"]}], "more": ["c"]}).labels
+    assert tree.ids == ("labels", "a", "name", "b", "more", "c")
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
+from reference.graph import random_dag
 from reference.versions import NEW, OLD, SAME
 
 from llmlabel.labelspace import LabelSpace, load_labels
@@ -48,6 +50,65 @@ def test_equal_versions_have_no_changes() -> None:
     assert diff.is_empty
     assert diff.kept == OLD.ids
     assert describe(diff, OLD, OLD) == []
+
+
+PETS = load_labels(["pet", "wild", {"id": "cat", "parents": ["pet", "wild"]}])
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (
+            load_labels(["pet", {"id": "cat", "parents": ["pet", "wild"]}, "wild"]),
+            "order of labels",
+        ),
+        (
+            load_labels(["pet", "wild", {"id": "cat", "parents": ["wild", "pet"]}]),
+            "order of parents",
+        ),
+        (dataclasses.replace(PETS, parent_probs=((), (), (1.0, 1.0))), "parent_probs"),
+        (dataclasses.replace(PETS, multilabel=True), "multilabel"),
+        (
+            LabelSpace(
+                *[("wild", "pet", "cat")] * 2,
+                *(("",) * 3, ((), (), ("pet", "wild"))),
+                multilabel=True,
+                parent_probs=((), (), (1.0, 0.5)),
+            ),
+            "order of labels, multilabel, parent_probs",
+        ),
+    ],
+)
+def test_what_differs_besides_the_labels_is_told(other: LabelSpace, line: str) -> None:
+    refused = ", which refuses a change of multilabel" * ("multilabel" in line)
+    for first, second in ((PETS, other), (other, PETS)):
+        diff = diff_labels(first, second)
+        assert diff.is_empty
+        assert describe(diff, first, second) == [
+            f"also changed: {line}; move old rows with carry_over{refused}"
+        ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_that_stay_themselves_in_another_order_are_told(seed: int) -> None:
+    labels = random_dag(seed)
+    at = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    columns = (labels.ids, labels.names, labels.descriptions, labels.parents)
+    other = LabelSpace(*(tuple(column[i] for i in at) for column in columns))
+    told = describe(diff_labels(labels, other), labels, other)
+    assert bool(told) == (labels.fingerprint != other.fingerprint)
+
+
+def test_other_labels_between_two_are_no_change_of_their_order() -> None:
+    first, second = load_labels(["a", "b"]), load_labels(["new", "a", "between", "b"])
+    told = describe(diff_labels(first, second), first, second)
+    assert told == ["added 'new' below the top", "added 'between' below the top"]
+    renamed = load_labels(["b", {"id": "a", "name": "A"}])
+    told = describe(diff_labels(first, renamed), first, renamed)
+    assert told == [
+        "renamed 'a': name 'a' -> 'A'",
+        "also changed: order of labels; move old rows with carry_over",
+    ]
 
 
 def test_a_child_of_a_renamed_split_or_merged_parent_has_not_moved() -> None:

@@ -233,6 +233,23 @@ def test_candidates_sets_and_votes_move() -> None:
     assert empty["votes"][0] == []
 
 
+def test_abstentions_stay_and_votes_without_a_probability_are_whole() -> None:
+    votes = [
+        {"source": "m", "label_id": None, "prob": None},
+        {"source": "n", "label_id": OLD.index("wolf"), "prob": None},
+        {"source": "o", "label_id": OLD.index("bird"), "prob": 0.5},
+        {"source": "o", "label_id": None, "prob": 0.5},
+    ]
+    dataset = with_columns(Dataset.from_dict({"id": ["r"]}), {"votes": ([votes], VOTES)})
+    carried = carry_over(dataset, OLD, NEW, SAME)["votes"][0]
+    assert carried == [
+        votes[0],
+        {"source": "n", "label_id": NEW.index("canine"), "prob": 1.0},
+        {"source": "o", "label_id": NEW.index("bird"), "prob": 0.5},
+        votes[3],
+    ]
+
+
 def test_in_a_multilabel_space_the_largest_member_counts() -> None:
     old = load_labels(["a", "b", "c"], multilabel=True)
     new = load_labels(["ab", "c", "d"], multilabel=True)
@@ -292,6 +309,7 @@ def test_carry_over_equals_the_loops(seed: int) -> None:
     [
         ({"gold": ([[9]], INTS)}, "row 0: gold has the label 9, but the old labels are 0 to 8"),
         ({"set_ids": ([[-1]], INTS)}, "row 0: set_ids has the label -1"),
+        ({"candidates": ([[None]], INTS)}, "row 0: candidates has the label None"),
         (
             {"votes": ([[{"source": "a", "label_id": 10, "prob": 1.0}]], VOTES)},
             "row 0: votes has the label 10",

@@ -6,7 +6,7 @@ from datasets import Dataset
 from reference import geometry as twins
 from scipy.sparse import csr_array
 
-from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.labelspace import LabelSpace, graph, load_labels
 from llmlabel.refine import geometry
 from llmlabel.refine.geometry import frechet_mean, frechet_predict
 from llmlabel.refine.locus import next_label, reachable_labels
@@ -157,6 +157,31 @@ def test_prediction_keeps_what_is_missing_and_what_was_not_read() -> None:
     np.testing.assert_allclose(dense[0], 0.6 * np.exp(-values) / np.exp(-values).sum(), rtol=1e-5)
     assert dense[1].tolist() == [0] * 5
     np.testing.assert_allclose(dense[2], [0, 0.8, 0, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_one_label_kept_is_the_answer(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = random_space(rng, size=12, most_parents=1 + seed % 2)
+    if labels.is_flat:
+        pytest.skip("a flat space was drawn")
+    probs = random_probs(rng, labels, rows=20)
+    probs /= np.maximum(probs.sum(axis=1, keepdims=True), 1.0)
+    dataset = soft_rows(probs.tolist(), labels)
+    predicted = frechet_predict(dataset, labels, keep=1)
+    answers = graph.answers(SoftLabels.from_dataset(predicted, labels).probs, labels)
+    means = frechet_mean(SoftLabels.from_dataset(dataset, labels).probs, labels)
+    assert answers.tolist() == means.tolist()
+
+
+def test_with_more_labels_kept_the_answer_may_be_another() -> None:
+    ids = ["r", *({"id": id, "parent": "r"} for id in "ab")]
+    labels = load_labels([*ids, *({"id": f"a{n}", "parent": "a"} for n in range(3))])
+    dataset = soft_rows([[0, 0.6, 0.0, 0.2, 0.2, 0]], labels)
+    predicted = SoftLabels.from_dataset(frechet_predict(dataset, labels), labels)
+    first = SoftLabels.from_dataset(frechet_predict(dataset, labels, keep=1), labels)
+    assert labels.ids[int(first.dense()[0].argmax())] == "a"
+    assert labels.ids[int(predicted.dense()[0].argmax())] == "a"
 
 
 def test_sharpening_comes_before_the_mean() -> None:
