@@ -35,6 +35,7 @@ from llmlabel.label.fusion import (
     positive_only_loss,
     reciprocal_ranks,
 )
+from llmlabel.label.memory import text_key
 from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import find_prompt, prompt_sha, render
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
@@ -177,7 +178,7 @@ def calibrate_concepts(
     """Weights of the views under which the known labels of the rows get high scores.
 
     See `fit_weights`. A label that a row does not have in `gold` is unknown, not wrong. A reference
-    with the id or the text of a row is not compared with it, since it would give its label away;
+    with the id or the words of a row is not compared with it, since it would give its label away;
     where other documents repeat it, take those out of `references` first.
 
     Args:
@@ -228,7 +229,7 @@ def label_concepts(
     Args:
         dataset: rows with `concepts`.
         references: see `calibrate_concepts`, as for the next two; references with the id or the
-            text of a row are not compared with it here either.
+            words of a row are not compared with it here either.
         encoder: see there.
         labels: see there.
         views: what `calibrate_concepts` gives; equal weights when left out.
@@ -321,12 +322,13 @@ class _Compared:
 
     def _same_document(self, rows: Dataset) -> Bool[np.ndarray, "items references"]:
         same = np.zeros((len(rows), len(self.rows)), dtype=bool)
-        for column in ("id", "text"):
+        for column, key in (("id", lambda id: str(id).strip()), ("text", text_key)):
             found = defaultdict(list)
             for at, value in enumerate(self.rows[column][:]):
-                found[str(value).strip()].append(at)
+                found[key(value)].append(at)
+            found.pop("", None)  # blank texts are not all one document
             for row, value in enumerate(rows[column][:]):
-                same[row, found.get(str(value).strip(), [])] = True
+                same[row, found.get(key(value), [])] = True
         return same
 
     def _vectors(self, said: list[dict[str, str]]) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,9 @@ from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import row_vectors
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+
+TEXT_CUT = "text cut"
+"""How the `error` of a row begins whose text was longer than what was read of it."""
 
 
 @runtime_checkable
@@ -67,13 +71,11 @@ def label_embedding(
         if readable:
             cosines = unit_vectors(ready, [texts[i] for i in readable]) @ anchors.T
             probs[readable] = _probabilities(scale * cosines, multilabel=labels.multilabel)
-        cut = _cut(ready, texts)
-        errors = [cut[i] if text.strip() else "empty text" for i, text in enumerate(texts)]
         return with_columns(
             SoftLabels.from_dense(probs, labels).add_to(block),
             {
                 "engine": ([name] * len(block), Value("string")),
-                "error": (errors, Value("string")),
+                "error": (_unread(ready, texts), Value("string")),
                 "label_mass": ([None] * len(block), Value("float32")),
                 "prompt_sha": ([None] * len(block), Value("string")),
             },
@@ -100,13 +102,17 @@ def embed(
 ) -> Dataset:
     """Adds `vector`, the embedding of each text, of length 1; null for a text without a character.
 
+    Also adds `error`: that there was no character to read, or that the encoder reads less than the
+    whole text. What an earlier step says there stays, unless it is a cut and this one cuts too.
+
     Args:
         dataset: rows with `id` and `text`.
         encoder: path, hub name, `package:` source, or anything with `encode`.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
     """
-    require_columns(dataset, "id", "text")
+    earlier = ("error",) if "error" in dataset.column_names else ()
+    require_columns(dataset, "id", "text", *earlier)
     loaded: list[Encoder] = []
 
     def compute(block: Dataset) -> Dataset:
@@ -120,14 +126,23 @@ def embed(
             vectors = unit_vectors(loaded[0], [texts[row] for row in readable]).astype(np.float32)
             for row, vector in zip(readable, vectors.tolist(), strict=True):
                 found[row] = vector
-        return with_columns(block, {"vector": (found, List(Value("float32")))})
+        before = block["error"][:] if earlier else [None] * len(texts)
+        errors = [  # why a row has no label is never lost behind a cut
+            mine or old if (old or TEXT_CUT).startswith(TEXT_CUT) else old
+            for mine, old in zip(_unread(loaded[0], texts), before, strict=True)
+        ]
+        return with_columns(
+            block,
+            {"vector": (found, List(Value("float32"))), "error": (errors, Value("string"))},
+        )
 
     name = None if output is None else encoder_name(encoder, ["a text", "another"])
     return map_blocks(
         dataset,
         compute,
-        columns=("vector",),
-        key=json.dumps(["embed", name]),
+        columns=("vector", "error"),
+        key=json.dumps(["embed", "vector", "error", name]),
+        reads=earlier,
         block_rows=block_rows,
         output=output,
         name="embed",
@@ -135,7 +150,7 @@ def embed(
 
 
 def embed_labels(labels: LabelSpace, encoder: str | Path | Encoder) -> Dataset:
-    """The labels as rows: `id`, their "name: description" as `text`, and its `vector`."""
+    """The labels as rows: `id`, their "name: description" as `text`, its `vector` and `error`."""
     rows = Dataset.from_dict({"id": list(labels.ids), "text": labels.texts()})
     return embed(rows, encoder)
 
@@ -201,10 +216,19 @@ def _probabilities(
     return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
 
 
+def _unread(encoder: Encoder, texts: list[str]) -> list[str | None]:
+    """What the encoder does not read of each text."""
+    cuts = zip(texts, _cut(encoder, texts), strict=True)
+    return [cut if text.strip() else "empty text" for text, cut in cuts]
+
+
 def _cut(encoder: Encoder, texts: list[str]) -> list[str | None]:
-    """Says which texts are longer than what a SentenceTransformer reads; others never cut."""
+    """Says which texts are longer than what a SentenceTransformer reads; others never cut.
+
+    Nor does one of static embeddings: its limit is infinite, and its tokenizer no function.
+    """
     limit, tokenizer = getattr(encoder, "max_seq_length", None), getattr(encoder, "tokenizer", None)
-    if limit is None or tokenizer is None:
+    if limit is None or not math.isfinite(limit) or not callable(tokenizer):
         return [None] * len(texts)
     counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    return [f"text cut: {n} tokens, the limit is {limit}" if n > limit else None for n in counts]
+    return [f"{TEXT_CUT}: {n} tokens, the limit is {limit}" if n > limit else None for n in counts]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Value
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from llmlabel.blocks import map_blocks
@@ -22,7 +22,8 @@ from llmlabel.data import (
     with_columns,
     with_gold,
 )
-from llmlabel.label.embedding import readable_vectors
+from llmlabel.files import arrow_table
+from llmlabel.label.embedding import TEXT_CUT, readable_vectors
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import id_ranks
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
@@ -60,7 +61,8 @@ class Memory:
     def _places(self) -> tuple[dict[str, int], dict[str, list[int]]]:
         by_words: dict[str, list[int]] = {}
         for i, words in enumerate(self.words):
-            by_words.setdefault(words, []).append(i)
+            if words:  # texts without a character are not all one text
+                by_words.setdefault(words, []).append(i)
         return {id: i for i, id in enumerate(self.ids)}, by_words
 
     def itself(self, dataset: Dataset) -> Own:
@@ -68,7 +70,7 @@ class Memory:
         by_id, by_words = self._places
         found = []
         for id, text in zip(dataset["id"][:], dataset["text"][:], strict=True):
-            same = {*by_words.get(_words(text), ())}
+            same = {*by_words.get(text_key(text), ())}
             if (place := by_id.get(str(id))) is not None:
                 same.add(place)
             found.append(sorted(same))
@@ -111,7 +113,7 @@ def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> 
         targets = SoftLabels.from_dataset(known, labels).probs.astype(np.float64)
     vectors, rows = readable_vectors(known)
     if answers == "soft":
-        answered = np.diff(targets.indptr)[rows] > 0
+        answered = _answered(known, targets, labels)[rows]
         vectors, rows = vectors[answered], rows[answered]
     if not len(rows):
         what = "a vector" if answers is None else f"a vector and an answer ({answers})"
@@ -121,10 +123,28 @@ def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> 
     places = rows[order].tolist()
     return Memory(
         [str(ids[row]) for row in places],
-        [_words(texts[row]) for row in places],
+        [text_key(texts[row]) for row in places],
         np.ascontiguousarray(vectors[order]),
         csr_array(targets[places]),
     )
+
+
+def _answered(dataset: Dataset, soft: csr_array, labels: LabelSpace) -> Bool[np.ndarray, " rows"]:
+    """Whether a row has a soft label; in a multi-label space an empty one says none of the labels."""
+    stored: np.ndarray = np.diff(soft.indptr) > 0
+    if not labels.multilabel:
+        return stored
+    given = arrow_table(dataset.select_columns(["label_ids"]))["label_ids"].is_valid().to_numpy()
+    read = [not error or error.startswith(TEXT_CUT) for error in _errors(dataset)]
+    answered: np.ndarray = stored | (given & np.array(read, dtype=bool))
+    return answered
+
+
+def _errors(dataset: Dataset) -> list[str | None]:
+    if "error" not in dataset.column_names:
+        return [None] * len(dataset)
+    errors: list[str | None] = dataset["error"][:]
+    return errors
 
 
 def apart(memory: Memory, dataset: Dataset) -> Memory:
@@ -152,7 +172,8 @@ def gram(vectors: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "width w
     return found
 
 
-def _words(text: str) -> str:
+def text_key(text: str) -> str:
+    """What repeats of a text have in common; empty for one without a character to read."""
     return plain_words(text) or text.strip()  # texts of nothing but punctuation are not all equal
 
 
@@ -184,7 +205,7 @@ def label_by_memory(
         compute,
         columns=LABEL_COLUMNS,
         key=name,
-        reads=("vector",),
+        reads=("vector", *(("error",) if "error" in dataset.column_names else ())),
         block_rows=block_rows,
         output=output,
         name=f"label_{choice[0]}",
@@ -198,16 +219,17 @@ def with_labels(
     labels: LabelSpace,
     name: str,
 ) -> Dataset:
-    """Adds the columns of a labeler; says why a row has no label."""
+    """Adds the columns of a labeler; says why a row has no label, or still that its text was cut."""
     probs = csr_array(probs)
     probs.eliminate_zeros()
     errors: list[str | None] = [
         "empty text" if not t.strip() else "no vector" for t in dataset["text"]
     ]
+    before = _errors(dataset)
     for row in readable.tolist():
-        errors[row] = (
-            None if probs.indptr[row] < probs.indptr[row + 1] else _NOBODY[labels.multilabel]
-        )
+        cut = old if (old := before[row]) and old.startswith(TEXT_CUT) else None
+        labelled = probs.indptr[row] < probs.indptr[row + 1]
+        errors[row] = cut if labelled else _NOBODY[labels.multilabel] or cut
     nothing = [None] * len(dataset)
     soft = SoftLabels(probs, labels.fingerprint, labels.multilabel)
     return with_columns(

@@ -122,25 +122,23 @@ def label_prototypes(
     refuse_multilabel(labels, "label_prototypes")
     memory = read_pool(pool, labels, answers=answers)
     sums, mass = memory.targets.T @ memory.vectors, np.asarray(memory.targets.sum(axis=0))
+    means = directions(sums)
 
     def read(vectors: Float[np.ndarray, "rows width"], own: Own) -> csr_array:
-        cosines = np.where(mass > 0, vectors @ directions(sums).T, -np.inf)
+        cosines = np.where(mass > 0, vectors @ means.T, -np.inf)
         for row, entries in enumerate(own):
-            if entries:  # the means without it
+            if entries:  # the means without it, which differ for its own labels alone
                 mine = memory.targets[list(entries)]
-                rest = sums - mine.T @ memory.vectors[list(entries)]
-                left = mass - np.asarray(mine.sum(axis=0)) > 1e-6
-                cosines[row] = np.where(left, directions(rest) @ vectors[row], -np.inf)
+                touched = np.unique(mine.indices)
+                part = mine[:, touched]
+                rest = sums[touched] - part.T @ memory.vectors[list(entries)]
+                left = mass[touched] - np.asarray(part.sum(axis=0)) > 1e-6
+                cosines[row, touched] = np.where(left, directions(rest) @ vectors[row], -np.inf)
         return csr_array(normalised(scale * cosines))
 
+    choice = ["prototypes", scale]
     return label_by_memory(
-        dataset,
-        memory,
-        read,
-        labels,
-        choice=["prototypes", scale],
-        block_rows=block_rows,
-        output=output,
+        dataset, memory, read, labels, choice=choice, block_rows=block_rows, output=output
     )
 
 

@@ -6,16 +6,13 @@ learn confusion matrices from votes alone: take `majority`, or `dawid_skene` wit
 `abstention='response'`.
 """
 
-import importlib
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from pickle import PicklingError  # what hashing a function may raise; nothing is pickled to a file
 from typing import Any, Literal, Required, get_args
 
 import numpy as np
@@ -44,7 +41,6 @@ Kind = Literal["regex", "keywords", "similar_to", "question", "function"]
 
 _PROMPT = "label/question"
 _NEITHER = "the model answered neither yes nor no"
-_RUNNERS = ("llmlabel.recipe", "llmlabel.cli")
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -62,14 +58,13 @@ class LabelingFunction(TypedDict, total=False):
     """Votes where the cosine of the text with the nearest of these reaches `threshold`."""
     question: str
     """Votes where a model answers yes with at least the probability `threshold`."""
-    function: str | Callable[..., Any]
+    function: Callable[..., Any]
     """Gets the text; returns None, whether its `label` holds, a label, or {label: probability}.
 
-    As a string, the dotted path of a function of llmlabel. In a recipe, `{call: ...}` makes one of
-    any package that `--allow` names.
+    In a recipe, `{call: ...}` makes one of any package that `--allow` names.
     """
     threshold: float
-    """Of a similarity or a question; 0.5 when left out."""
+    """Of a similarity or a question, from -1 to 1; 0.5 when left out."""
 
 
 def label_weak(
@@ -111,7 +106,7 @@ def label_weak(
         raise ValueError("the rows have the column votes already; take it away first")
     if not regex_seconds > 0:
         raise ValueError(f"regex_seconds must be above 0; got {regex_seconds}")
-    rules = _rules(functions, labels)
+    rules = _rules(functions, labels, kept=output is not None)
     asks = _needed(rules, "question", "engine", engine)
     embeds = _needed(rules, "similar_to", "encoder", encoder)
     probe = [text for rule in embeds for text in rule.value]
@@ -213,16 +208,16 @@ class _Rule:
     told: dict[str, Any]  # what tells it from any other
 
 
-def _rules(functions: Sequence[LabelingFunction], labels: LabelSpace) -> list[_Rule]:
+def _rules(functions: Sequence[LabelingFunction], labels: LabelSpace, *, kept: bool) -> list[_Rule]:
     """By name, so that the order in which functions are given does not matter."""
-    rules = [_rule(function, labels) for function in functions]
+    rules = [_rule(function, labels, kept=kept) for function in functions]
     names = [rule.name for rule in rules]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two labeling functions have the name {twice!r}; rename one")
     return sorted(rules, key=lambda rule: rule.name)
 
 
-def _rule(given: Mapping[str, Any], labels: LabelSpace) -> _Rule:
+def _rule(given: Mapping[str, Any], labels: LabelSpace, *, kept: bool) -> _Rule:
     name = given.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"a labeling function has no name: {dict(given)}; give it one")
@@ -237,13 +232,17 @@ def _rule(given: Mapping[str, Any], labels: LabelSpace) -> _Rule:
         raise ValueError(f"{where} needs a label, the one that it votes for")
     if "threshold" in given and kind not in ("similar_to", "question"):
         raise ValueError(f"{where}: a threshold has no meaning for {kind}; leave it out")
+    threshold = given.get("threshold", 0.5)
+    if not (isinstance(threshold, int | float | np.floating) and -1 <= threshold <= 1):  # nor NaN
+        raise ValueError(f"{where}: threshold must be a number from -1 to 1; got {threshold!r}")
     try:
         label = labels.index(given["label"]) if "label" in given else None
         value = _value(kind, given[kind])
-        told = {**given, kind: _identity(value) if kind == "function" else given[kind]}
-    except (ValueError, TypeError, ImportError, PicklingError, regex.error) as error:
+        # only blocks that are kept have to tell one function from another
+        told = {**given, "function": _identity(value)} if kept and kind == "function" else {**given}
+    except (ValueError, TypeError, regex.error) as error:
         raise ValueError(f"{where}: {error}") from None
-    return _Rule(name, kind, label, value, given.get("threshold", 0.5), told)
+    return _Rule(name, kind, label, value, float(threshold), told)
 
 
 def _value(kind: Kind, given: Any) -> Any:
@@ -252,10 +251,12 @@ def _value(kind: Kind, given: Any) -> Any:
             raise ValueError(f"{kind} is a list of at least one text; got {given!r}")
         return _keywords(given) if kind == "keywords" else tuple(given)
     if kind == "function":
-        found = _resolve(given) if isinstance(given, str) else given
-        if not callable(found) or inspect.isclass(found):
-            raise ValueError(f"function must be something to call with a text; got {found!r}")
-        return found
+        if not callable(given) or inspect.isclass(given):
+            raise ValueError(
+                f"function must be something to call with a text; got {given!r}; give the function, "
+                "or in a recipe {call: ...} of what makes one, with --allow for its package"
+            )
+        return given
     if not isinstance(given, str) or not given.strip():
         raise ValueError(f"{kind} is a text; got {given!r}")
     return regex.compile(given) if kind == "regex" else given
@@ -267,25 +268,19 @@ def _keywords(words: Sequence[str]) -> Any:
     return regex.compile(rf"(?i)(?<!\w)(?:{'|'.join(parts)})(?!\w)")
 
 
-def _resolve(path: str) -> Callable[..., Any]:
-    (module, _, name), found = path.rpartition("."), None
-    if re.fullmatch(r"llmlabel(\.[a-z]\w*)+", path) and not path.startswith(_RUNNERS):
-        found = getattr(importlib.import_module(module), name, None)
-    if not inspect.isfunction(found) or found.__module__ != module:
-        raise ValueError(
-            f"{path!r} is no public function of llmlabel; give the function itself, or in a recipe "
-            "function: {call: ...} of what makes one, with --allow for its package"
-        )
-    return found
-
-
 def _identity(function: Any) -> str:
     """What tells a callable from another: its name, its source and its state."""
     kind = function if inspect.isroutine(function) else type(function)
     name, source = f"{kind.__module__}.{kind.__qualname__}", ""
     with suppress(OSError, TypeError):  # typed at a prompt, or in C
         source = inspect.getsource(kind)
-    return f"{name}@{Hasher.hash([source, function])}"
+    try:
+        return f"{name}@{Hasher.hash([source, function])}"
+    except Exception as error:  # whatever pickling somebody's object raises
+        raise ValueError(
+            f"what it holds cannot be told from another, so its blocks cannot be kept ({error}); "
+            "leave output out, or give the object a __reduce__"
+        ) from None
 
 
 def _needed(rules: list[_Rule], kind: Kind, argument: str, given: object) -> list[_Rule]:
@@ -369,6 +364,8 @@ def _answers(answer: Any, rule: _Rule, labels: LabelSpace) -> list[_Vote]:
         wanted = "None, true or false, a label, or {label: probability}"
         raise TypeError(f"it returned the {type(answer).__name__} {answer!r}, not {wanted}")
     probs = [(labels.index(label), float(prob)) for label, prob in answer.items()]
+    if len({label for label, _ in probs}) < len(probs):
+        raise ValueError(f"it returned {dict(answer)}, which names one label twice")
     total = sum(prob for _, prob in probs)
     if not all(0 <= prob <= 1 for _, prob in probs) or (total > 1 + 1e-6 and not labels.multilabel):
         raise ValueError(f"it returned {dict(answer)}, which are no probabilities")

@@ -346,6 +346,28 @@ def test_a_document_is_not_its_own_reference() -> None:
     np.testing.assert_array_equal(SoftLabels.from_dataset(same, LABELS).dense()[0], with_self[0])
 
 
+def test_blank_texts_are_not_one_document() -> None:
+    views, blank = ViewWeights({"a / a": 1.0}, top=1), ["", " ", "\n", "", ""]
+    item = rows(("new", {"a": "water pump"}, None))
+    kept = REFERENCES.select(range(5))
+
+    def scores(text: str, texts: list[str]) -> np.ndarray:
+        given = with_columns(item, {"text": ([text], Value("string"))})
+        references = with_columns(kept, {"text": (texts, Value("string"))})
+        got = label_concepts(given, references, Counts(), LABELS, views=views)
+        assert got["error"][:] == [None]
+        return SoftLabels.from_dataset(got, LABELS).dense()[0]
+
+    expected = scores("of its own", [f"text {i}" for i in range(5)])
+    assert expected.argmax() == 0
+    assert expected[1] < 1.0
+    np.testing.assert_array_equal(scores(" ", blank), expected)
+    # what differs in case and punctuation is the same document, other punctuation alone is not
+    same = scores("TEXT, 0!", [f"text {i}" for i in range(5)])
+    assert same[0] == same[1] == 1.0
+    np.testing.assert_array_equal(scores("!", ["?", "?!", "...", "-", "+"]), expected)
+
+
 def test_calibration_on_a_table() -> None:
     rng = np.random.default_rng(0)
     of = (("water", "pump"), ("solar", "power"), ("doctor", "drug"))

@@ -105,6 +105,87 @@ def test_label_vectors_are_in_the_order_of_the_labels() -> None:
         label_vectors(zero, labels)
 
 
+class Reads(Encoder):
+    """Reads so many letters of a text, as a SentenceTransformer reads tokens."""
+
+    def __init__(self, limit: float = 1) -> None:
+        self.max_seq_length = limit
+
+    def tokenizer(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        assert options["truncation"] is False
+        return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+        return super().encode([text[:1] if text[:1] in "xy" else "x" for text in texts], **options)
+
+
+def test_embed_says_what_was_not_read() -> None:
+    cut = "text cut: 3 tokens, the limit is 1"
+    got = embed(table(["x", "yxx", " ", "y"]), Reads())
+    assert got["error"][:] == [None, cut, "empty text", None]
+    assert got.features["error"] == Value("string")
+    assert got["vector"][1] == [1.0, 0.0]
+    assert set(embed(got, Reads(9)).column_names) == {"id", "text", "vector", "error"}
+
+
+def test_embed_keeps_why_a_row_has_no_label(tmp_path: Any) -> None:
+    def said(text: str, *errors: str | None) -> list[str | None]:
+        rows = with_columns(table([text] * len(errors)), {"error": (errors, Value("string"))})
+        kept = embed(rows, Reads(), output=tmp_path)
+        assert kept.to_dict() == embed(rows, Reads()).to_dict()
+        return kept["error"][:]
+
+    cut, other = "text cut: 3 tokens, the limit is 1", "text cut: 9 tokens, the limit is 8"
+    assert said("xyy", None, "unreadable", other) == [cut, "unreadable", cut]
+    assert said("xyy", None, None, None) == [cut] * 3  # other errors are another call
+    assert said("x", None, "unreadable", other) == [None, "unreadable", other]
+
+
+@pytest.mark.parametrize("tokenizer", [object(), None])
+def test_an_encoder_that_never_cuts(tokenizer: object) -> None:
+    labels = load_labels([{"id": "red", "description": "a colour"}, "blue"])
+    for encoder in (Reads(float("inf")), Reads()):
+        if encoder.max_seq_length == 1:
+            encoder.tokenizer = tokenizer  # type: ignore[method-assign,assignment]
+        assert embed(table(["xyy"]), encoder)["error"][:] == [None]
+        assert label_embedding(table(["xyy"]), encoder, labels)["error"][:] == [None]
+
+
+def test_static_embeddings_of_sentence_transformers() -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    static = pytest.importorskip("sentence_transformers.models").StaticEmbedding
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"[UNK]": 0, "red": 1, "blue": 2}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    weights = np.array([[0.1, 0.1], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+    encoder = sentence_transformers.SentenceTransformer(
+        modules=[static(tokenizer, embedding_weights=weights)], device="cpu"
+    )
+    labels = load_labels(["red", "blue"])
+    got = label_embedding(table(["blue blue", "red " * 900]), encoder, labels)
+    assert [ids[0] for ids in got["label_ids"]] == [1, 0]
+    assert got["error"][:] == [None, None]
+    np.testing.assert_allclose(embed(table(["red"]), encoder)["vector"][0], [1, 0], atol=1e-6)
+
+
+def test_another_call_is_not_answered_by_kept_blocks(tmp_path: Any) -> None:
+    labels = load_labels([{"id": "red", "description": "a colour"}, "blue"])
+    others = load_labels(["blue", {"id": "red", "description": "a colour"}])
+    for space, scale in ((labels, 5.0), (labels, 9.0), (others, 5.0), (labels, 5.0)):
+        kept = label_embedding(table(["x"]), Encoder(), space, scale=scale, output=tmp_path)
+        fresh = label_embedding(table(["x"]), Encoder(), space, scale=scale)
+        assert kept.to_dict() == fresh.to_dict()
+
+    class Turned(Reads):
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            return super().encode(texts, **options)[:, ::-1]
+
+    for encoder in (Reads(), Turned(), Reads()):
+        kept = embed(table(["x"]), encoder, output=tmp_path)
+        assert kept.to_dict() == embed(table(["x"]), encoder).to_dict()
+
+
 @pytest.mark.model
 def test_minilm_knows_sections() -> None:
     labels = load_labels(["sports", "politics", {"id": "tech", "name": "technology"}])

@@ -7,6 +7,7 @@ from reference import neighbours as reference
 
 from llmlabel.data import with_columns
 from llmlabel.label import memory as memories
+from llmlabel.label import neighbours
 from llmlabel.label.memory import finder
 from llmlabel.label.neighbours import (
     exemplars,
@@ -77,6 +78,44 @@ def test_prototypes_equal_the_loop_without_the_row_itself(seed: int) -> None:
     np.testing.assert_allclose(dense(got), expected, atol=1e-5)
 
 
+def test_prototypes_are_made_again_for_the_labels_of_the_row_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = list[int]()
+
+    def counted(vectors: np.ndarray) -> np.ndarray:
+        made.append(len(vectors))
+        return memories.directions(vectors)
+
+    monkeypatch.setattr(neighbours, "directions", counted)
+    labels = load_labels([f"l{i}" for i in range(50)])
+    vectors = case(0, pool=60)[1]
+    classes = [[i % 50] if i else [] for i in range(60)]  # the first is none of the labels
+    rows = table(vectors, classes)
+    got = label_prototypes(rows, rows, labels, scale=7.0, block_rows=6)
+    assert made == [50, 0, *[1] * 59]
+    taught = np.array([c for c in classes if c]).ravel()
+    for i, row in enumerate(vectors.tolist()):
+        own = {i - 1} if i else set()
+        expected = reference.prototypes(
+            row, vectors[1:].tolist(), taught, own, labels=50, scale=7.0
+        )
+        np.testing.assert_allclose(dense(got.select([i]), labels)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_soft_prototypes_without_the_row_equal_the_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, soft = case(seed)[1], rng.dirichlet(np.ones(3), 20) * (rng.random((20, 3)) < 0.7)
+    soft[soft.sum(axis=1) == 0, 0] = 1.0
+    rows = SoftLabels.from_dense(soft, LABELS).add_to(table(vectors))
+    got = dense(label_prototypes(rows, rows, LABELS, answers="soft", scale=7.0))
+    for i, row in enumerate(vectors.astype(np.float64)):
+        rest = np.delete(soft, i, axis=0).T @ np.delete(vectors, i, axis=0)
+        odds = np.exp(7.0 * (unit(rest) @ row))
+        np.testing.assert_allclose(got[i], odds / odds.sum(), atol=1e-5)
+
+
 def test_soft_label_of_ps_ttl() -> None:
     """labeling.md 4.4: softmax(10 [.9, .7, .1])."""
     rows = [[0.9, 0.7, 0.1, 1.0]]  # of any length: cosines are compared
@@ -136,6 +175,50 @@ def test_neither_order_nor_blocks_matter(tmp_path: Any) -> None:
         assert kept["label_probs"][:] == one["label_probs"][:]
 
 
+def test_another_call_is_not_answered_by_kept_blocks(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, pool, classes, names = case(3, rows=9, pool=40)
+    data, given = table(rows), table(pool, classes, "p")
+    anchors = table(names).remove_columns("id").add_column("id", ["a", "b", "c"])
+    turned = table(names[::-1]).remove_columns("id").add_column("id", ["a", "b", "c"])
+    moved, fewer = table(rows[::-1]), given.select(range(30))
+    renamed = table(pool, (classes + 1) % 3, "p")
+    shifted = table(pool[:, ::-1], classes, "p")
+    common = [(moved, given), (data, fewer), (data, renamed), (data, shifted)]
+    near, means, cache = label_neighbours, label_prototypes, label_cache
+    calls: dict[str, tuple[Any, list[tuple[Any, ...]], list[dict[str, Any]]]] = {
+        "neighbours": (near, common, [{"k": 3}, {"scale": 3.0}, {"unknown": 0.1}]),
+        "prototypes": (means, common, [{"scale": 3.0}]),
+        "cache": (
+            lambda d, p, space, a=anchors, **o: cache(d, p, a, space, **o),
+            [common[0], common[1], common[3]],  # it reads no gold
+            [
+                *({"shots": 3}, {"alpha": 0.1}, {"beta": 3.0}, {"ratio": 3.0}),
+                *({"centring": "none"}, {"scale": 3.0}, {"a": turned}),
+            ],
+        ),
+    }
+    for name, (call, tables, options) in calls.items():
+        folder = tmp_path / name
+        first = call(data, given, LABELS, block_rows=4, output=folder)
+        ways = [(d, p, {}) for d, p in tables] + [(data, given, o) for o in options]
+        for d, p, o in ways:
+            kept = call(d, p, LABELS, block_rows=4, output=folder, **o)
+            assert kept.to_dict() == call(d, p, LABELS, block_rows=4, **o).to_dict()
+            assert np.abs(dense(kept) - dense(first)).max() > 1e-4, (name, o)
+
+        def fails(logits: Any) -> Any:
+            raise AssertionError("computed again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(neighbours, "normalised", fails)
+            again = call(data, given, LABELS, block_rows=4, output=folder)
+            assert again.to_dict() == first.to_dict()
+            with pytest.raises(AssertionError, match="computed again"):
+                call(data, given, LABELS, block_rows=4, output=folder, scale=4.0)
+
+
 def test_rows_without_a_vector_keep_an_error() -> None:
     rows = table([[1.0, 0.0], None, None])
     rows = with_columns(rows, {"text": (["one", "two", " "], Value("string"))})
@@ -148,6 +231,52 @@ def test_none_of_the_labels_is_missing_mass() -> None:
     pool = table([[1.0, 0.0], [1.0, 0.0]], [[1], []], "p")
     got = label_neighbours(table([[1.0, 0.0]]), pool, LABELS, k=2)
     np.testing.assert_allclose(dense(got), [[0, 0.5, 0]])
+
+
+def test_none_of_the_labels_is_a_soft_answer_of_a_multi_label_space() -> None:
+    gold = [[0], [], [], []]
+    pool = table(np.tile([1.0, 0.0], (4, 1)), gold, "p")
+    soft = SoftLabels.from_dense(np.eye(3)[[0, 1, 1, 1]] * [1, 0, 0], MANY).add_to(pool)
+    rows = table([[1.0, 0.0]])
+    for answers in ("gold", "soft"):
+        got = label_neighbours(rows, soft, MANY, k=4, answers=answers)
+        np.testing.assert_allclose(dense(got, MANY), [[0.25, 0, 0]])
+    errors = ["unreadable", "text cut: 9 of 8", "unreadable", None]
+    said = with_columns(soft, {"error": (errors, Value("string"))})
+    got = label_neighbours(rows, said, MANY, k=4, answers="soft")
+    np.testing.assert_allclose(dense(got, MANY), [[1 / 3, 0, 0]])
+    nulls = {"label_ids": List(Value("int32")), "label_probs": List(Value("float32"))}
+    columns = {c: ([*soft[c][:2], None, None], kind) for c, kind in nulls.items()}
+    got = label_neighbours(rows, with_columns(soft, columns), MANY, k=4, answers="soft")
+    np.testing.assert_allclose(dense(got, MANY), [[0.5, 0, 0]])
+    one = SoftLabels.from_dense(np.eye(3)[[0, 1, 1, 1]] * [1, 0, 0], LABELS).add_to(pool)
+    got = label_neighbours(rows, one, LABELS, k=4, answers="soft")
+    np.testing.assert_allclose(dense(got), [[1, 0, 0]])  # there it is a row without a soft label
+
+
+def test_pool_rows_without_a_text_are_not_the_row_itself() -> None:
+    blank = {"text": ([" "] * 3, Value("string"))}
+    pool = with_columns(table(np.eye(3), [0, 1, 2], "p"), blank)
+    got = label_neighbours(with_columns(table(np.eye(3)), blank), pool, LABELS, k=1)
+    assert got["label_ids"][:] == [[0], [1], [2]]
+
+
+def test_a_cut_text_stays_told(tmp_path: Any) -> None:
+    cut = "text cut: 9 tokens, the limit is 8"
+    rows = table([[1.0, 0.0], [0.0, 1.0], None])
+    rows = with_columns(rows, {"error": ([cut, "unreadable", cut], Value("string"))})
+    pool = table(np.eye(2), [0, 1], "p")
+    for call in (label_neighbours, label_prototypes, label_test_time):
+        assert call(rows, pool, LABELS)["error"][:] == [cut, None, "no vector"]
+    assert label_neighbours(rows, pool, MANY)["error"][0] == cut
+    own = table([[1.0, 0.0]], [0])
+    alone = with_columns(own, {"error": ([cut], Value("string"))})
+    got = label_neighbours(alone, own, LABELS)
+    assert got["error"][:] == ["no pool row votes for a label"]
+    before = label_neighbours(rows.remove_columns("error"), pool, LABELS, output=tmp_path)
+    assert before["error"][:] == [None, None, "no vector"]
+    kept = label_neighbours(rows, pool, LABELS, output=tmp_path)
+    assert kept["error"][:] == [cut, None, "no vector"]
 
 
 def test_multilabel_neighbours_average_each_label() -> None:

@@ -6,6 +6,7 @@ from datasets import Dataset, List, Value
 from reference import singular as reference
 
 from llmlabel.data import with_columns
+from llmlabel.label import singular
 from llmlabel.label.memory import read_pool
 from llmlabel.label.singular import (
     GRID,
@@ -135,6 +136,38 @@ def test_the_row_itself_has_no_vote_and_unknown_mass_is_missing() -> None:
     got = label_singular(rows, rows, LABELS, dimension=20.0, unknown=0.25)
     assert [ids[0] for ids in got["label_ids"]] == [1, 0, 1]
     np.testing.assert_allclose(dense(got).sum(axis=1), 0.75)
+
+
+def test_another_call_is_not_answered_by_kept_blocks(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, pool, classes = case(1)
+    data, given = table(rows), table(pool, classes, "p")
+    options: dict[str, Any] = {"dimension": 4.0, "block_rows": 4}
+    first = label_singular(data, given, LABELS, output=tmp_path, **options)
+    others = [
+        (data, given, {"dimension": 2.0}),
+        (data, given, {"k": 3}),
+        (data, given, {"unknown": 0.1}),
+        (table(rows[::-1]), given, {}),
+        (data, given.select(range(20)), {}),
+        (data, table(pool, (classes + 1) % 3, "p"), {}),
+        (data, table(pool[:, ::-1], classes, "p"), {}),
+    ]
+    for d, p, changed in others:
+        kept = label_singular(d, p, LABELS, output=tmp_path, **{**options, **changed})
+        fresh = label_singular(d, p, LABELS, **{**options, **changed})
+        assert kept.to_dict() == fresh.to_dict()
+        assert np.abs(dense(kept) - dense(first)).max() > 1e-4
+
+    def fails(squared: Any, exponent: float) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(singular, "singular_weights", fails)
+    again = label_singular(data, given, LABELS, output=tmp_path, **options)
+    assert again.to_dict() == first.to_dict()
+    with pytest.raises(AssertionError, match="computed again"):
+        label_singular(data, given, LABELS, output=tmp_path, **{**options, "k": 5})
 
 
 def test_multilabel_rows_average_each_label() -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import ssl
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -373,11 +374,29 @@ def test_votes_fit_the_label_models() -> None:
         ({"name": "f", "label": "cat", "similar_to": ["x"]}, "it needs encoder="),
         ({"name": "f", "label": "cat", "function": 3}, "something to call with a text; got 3"),
         ({"name": "f", "label": "cat", "function": HasWord}, "something to call with a text"),
-        ({"name": "f", "label": "cat", "function": "os.system"}, "no public function of llmlabel"),
-        ({"name": "f", "function": "llmlabel.data.re.compile"}, "llmlabel.data.re"),
-        ({"name": "f", "function": "llmlabel.recipe.load_recipe"}, "no public function"),
-        ({"name": "f", "function": "llmlabel.data._texts"}, "no public function"),
-        ({"name": "f", "function": "llmlabel.nowhere.f"}, "No module named 'llmlabel.nowhere'"),
+        (
+            {"name": "f", "label": "cat", "function": "os.system"},
+            r"got 'os.system'; give the function, or in a recipe .call: \.\.\.",
+        ),
+        (
+            {"name": "f", "function": "llmlabel.data.load"},
+            "got 'llmlabel.data.load'; give the func",
+        ),
+        (
+            {"name": "f", "function": "llmlabel.label.windows.windows"},
+            "with --allow for its package",
+        ),
+        *(
+            (
+                {"name": "f", "label": "cat", "similar_to": ["x"], "threshold": threshold},
+                f"'f': threshold must be a number from -1 to 1; got {threshold!r}",
+            )
+            for threshold in (1.01, -1.01, float("nan"), float("inf"), "high", None)
+        ),
+        (
+            {"name": "f", "label": "cat", "question": "x?", "threshold": 50},
+            "threshold must be a number from -1 to 1; got 50",
+        ),
     ],
 )
 def test_what_is_given_wrongly_is_named(given: Any, problem: str) -> None:
@@ -398,13 +417,57 @@ def test_wrong_rows_are_refused() -> None:
         measure_functions(rows.select([]), LABELS)
 
 
-def test_a_function_of_llmlabel_by_its_path() -> None:
+class Secure:
+    """Holds what cannot be pickled."""
+
+    def __init__(self, word: str) -> None:
+        self.word, self.context = word, ssl.create_default_context()
+
+    def __call__(self, text: str) -> bool:
+        return self.word in text.lower()
+
+
+class Rebuilt(Secure):
+    def __reduce__(self) -> tuple[type["Rebuilt"], tuple[str]]:
+        return Rebuilt, (self.word,)
+
+
+def test_a_function_is_told_from_others_only_where_blocks_are_kept(tmp_path: Path) -> None:
+    lines = (line for line in ("a generator", "is no state to hash"))
     functions: list[LabelingFunction] = [
-        {"name": "f", "label": "cat", "function": "llmlabel.label.windows.windows"}
+        {"name": "secure", "label": "cat", "function": Secure("cat")},
+        {"name": "lines", "label": "mat", "function": lambda text: next(lines, None) == text},
+        {"name": "all", "label": "mat", "function": lambda text: True},
     ]
-    with pytest.warns(UserWarning, match=r"'f' of 1 functions never vote"):
+    with pytest.warns(UserWarning, match="'lines' of 3 functions never vote"):
         got = label_weak(table(), functions, LABELS)
-    assert got["error"][0] == "f: TypeError: missing a required argument: 'words'"
+    assert [sorted(votes) for votes in said(got)] == [
+        ["all", "secure"] if "cat" in text.lower() else ["all"] for text in TEXTS
+    ]
+    for function in functions[:2]:
+        with pytest.raises(ValueError, match=r"leave output out, or give the object a __reduce__"):
+            label_weak(table(), [function], LABELS, output=tmp_path)
+    kept: list[LabelingFunction] = [{"name": "r", "label": "cat", "function": Rebuilt("cat")}]
+    first = label_weak(table(), kept, LABELS, output=tmp_path)
+    again = label_weak(table(), kept, LABELS, output=tmp_path)
+    assert again.to_dict() == first.to_dict()
+
+
+def test_a_label_named_twice_is_the_error_of_its_row() -> None:
+    functions: list[LabelingFunction] = [
+        {
+            "name": "twice",
+            "function": lambda text: (
+                {"money": 0.5, "Money matters": 0.25} if "!" in text else {"cat": 1.0}
+            ),
+        }
+    ]
+    got = label_weak(table(), functions, LABELS)
+    assert got["error"][1].startswith("twice: ValueError: it returned {'money': 0.5, 'Money")
+    assert got["error"][1].endswith("which names one label twice")
+    assert said(got)[1] == {}
+    merged = aggregate(got, LABELS, method="majority")
+    assert merged["label_ids"][:] == [[0], [], [0], [0], [0]]
 
 
 # ------------------------------------------------------------------------------------------ recipe
@@ -442,6 +505,18 @@ def test_a_recipe_needs_leave_for_other_packages(
     results = run(recipe, output=Path("runs"), allow=["myrules"])
     assert said(results["voted"]) == [{"cats": (0, 1.0)}, {"mats": (1, 1.0)}]
     assert results["table"]["functions"]["mats"]["coverage"] == 0.5
+
+
+def test_a_recipe_cannot_name_a_function_by_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "a cat"}\n')
+    function = "functions=[{name: f, label: cat, function: llmlabel.data.load}]"
+    Path("weak.yaml").write_text(RECIPE)
+    with pytest.raises(RecipeError, match=r"functions.*callable"):
+        check(load_recipe("weak.yaml", [function]))
+    check(load_recipe("weak.yaml", ["functions=[{name: cats, label: cat, keywords: [cat]}]"]))
 
 
 def test_a_recipe_with_a_misspelt_part_is_refused(

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,6 +7,7 @@ from datasets import Dataset, List, Value
 from reference import zeroshot as reference
 
 from llmlabel.data import with_columns
+from llmlabel.label import zeroshot
 from llmlabel.label.zeroshot import (
     bias_curve,
     choose_seen_bias,
@@ -189,6 +191,58 @@ def test_order_and_blocks_do_not_matter() -> None:
     turned = pool.select(range(len(pool) - 1, -1, -1))
     two = label_zero_shot(rows.select(mixed), turned, anchors, TREE, method="mapping", block_rows=7)
     np.testing.assert_allclose(dense(two), one[mixed], atol=1e-6)
+
+
+def test_another_call_is_not_answered_by_kept_blocks(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchors, pool, rows, _ = world(4)
+    turned = table(np.array(anchors["vector"][:])[::-1], ids=TREE.ids)
+    moved = table(np.array(rows["vector"][:])[::-1])
+    first = label_zero_shot(rows, pool, anchors, TREE, block_rows=50, output=tmp_path)
+    others: list[tuple[Any, Any, Any, dict[str, Any]]] = [
+        *((rows, pool, anchors, {name: 3.0}) for name in ("seen_bias", "ridge", "scale")),
+        *((rows, pool, anchors, option) for option in ({"hops": 0}, {"method": "mapping"})),
+        (rows, pool, anchors, {"method": "mapping", "class_ridge": 3.0}),
+        (rows, pool, anchors, {"edges": [("fish", "food"), ("rice", "pets")]}),
+        (moved, pool, anchors, {}),
+        (rows, pool.select(range(0, len(pool), 2)), anchors, {}),
+        (rows, pool, turned, {}),
+    ]
+    for d, p, a, options in others:
+        kept = label_zero_shot(d, p, a, TREE, block_rows=50, output=tmp_path, **options)
+        fresh = label_zero_shot(d, p, a, TREE, block_rows=50, **options)
+        assert kept.to_dict() == fresh.to_dict()
+        assert np.abs(dense(kept) - dense(first)).max() > 1e-4, options
+
+    def fails(logits: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(zeroshot, "normalised", fails)
+    again = label_zero_shot(rows, pool, anchors, TREE, block_rows=50, output=tmp_path)
+    assert again.to_dict() == first.to_dict()
+    with pytest.raises(AssertionError, match="computed again"):
+        label_zero_shot(rows, pool, anchors, TREE, block_rows=50, output=tmp_path, scale=4.0)
+
+
+def test_the_accuracies_promised_are_those_measured() -> None:
+    """With the defaults, and with what `bias_curve` chooses."""
+    text = (Path(__file__).parents[2] / "benchmarks/results/embedding.md").read_text("utf-8")
+    table = text.partition("## 30 of 150")[2].partition("##")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    found = {cells[0]: (cells[5].split()[0], cells[6]) for cells in lines if len(cells) == 7}
+    promised = " ".join((label_zero_shot.__doc__ or "").split())
+    chosen, default = found["propagation, domains"]
+    mapped, names = found["mapping (ESZSL)"][0], found["label names alone"][0]
+    bare, none = (
+        found["prototypes, names for unseen"][0],
+        found["propagation, no graph (hops 0)"][0],
+    )
+    shuffled = found["propagation, shuffled domains"][0]
+    assert f"accuracy of {names} %, `propagation` with the defaults {default} %" in promised
+    assert f"to reach {chosen} % with `propagation` and {mapped} % with `mapping`" in promised
+    assert f"bare names of unseen ones (a huge `ridge`) reach {bare} %" in promised
+    assert f"without the graph {none} % and with a shuffled one {shuffled} %" in promised
 
 
 def test_bad_arguments() -> None:
