@@ -155,13 +155,14 @@ def _golds(table: pa.Table, name: str, labels: LabelSpace) -> pa.Array:
         if isinstance(inner, ClassLabel):  # the hub's way: numbers in the file, names beside it
             given = [inner.names[number] for number in given if number >= 0]
         try:
-            golds.append(list(dict.fromkeys(_position(label, labels) for label in given)))
+            golds.append(list(dict.fromkeys(label_position(label, labels) for label in given)))
         except ValueError as error:
             raise ValueError(f"row with id {id!r}, column {name!r}: {error}") from None
     return pa.array(golds, pa.list_(pa.int32()))
 
 
-def _position(label: Any, labels: LabelSpace) -> int:
+def label_position(label: Any, labels: LabelSpace) -> int:
+    """The position of a label given by its id or name; anything but a string is refused."""
     if not isinstance(label, str):
         raise ValueError(f"the {type(label).__name__} {label!r} is no id or name of a label")
     return labels.index(label)
@@ -342,6 +343,24 @@ def join(left: Dataset, right: Dataset, *, columns: list[str]) -> Dataset:
         )
     rows = arrow_table(right.select_columns(columns).select([position[id] for id in left_ids]))
     return with_columns(left, {name: (rows[name], right.features[name]) for name in columns})
+
+
+def rows_of(dataset: Dataset, other: Dataset, name: str) -> Dataset:
+    """The rows of `other`, which errors call `name`, with the ids of `dataset`, in its order.
+
+    Raises:
+        ValueError: `other` lacks an id, or has one that is asked for or not more than once.
+    """
+    require_columns(dataset, "id")
+    require_columns(other, "id")
+    ids, theirs = dataset["id"][:], other["id"][:]
+    position = {id: row for row, id in enumerate(theirs)}
+    if len(position) < len(theirs):
+        id = Counter(theirs).most_common(1)[0][0]
+        raise ValueError(f"the id {id!r} is more than once in {name}; remove one")
+    if absent := [id for id in ids if id not in position]:
+        raise ValueError(f"the row with id {absent[0]!r} is not in {name}; add it there too")
+    return other.select([position[id] for id in ids])
 
 
 def save(dataset: Dataset, output: Path) -> Path:

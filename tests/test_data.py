@@ -23,10 +23,12 @@ from llmlabel.data import (
     gold_index,
     gold_matrix,
     join,
+    label_position,
     load,
     part,
     read_parquet,
     require_columns,
+    rows_of,
     save,
     split,
     with_columns,
@@ -686,6 +688,24 @@ def test_join(texts: Dataset) -> None:
     twice = Dataset.from_dict({"id": ["r1", "r2", "r2"], "weight": [1.0, 2.0, 3.0]})
     with pytest.raises(ValueError, match="the id 'r2' is there more than once"):
         join(left, twice, columns=["weight"])
+
+
+def test_rows_of(texts: Dataset) -> None:
+    other = Dataset.from_dict({"id": ["r2", "q", "r0", "r1"], "n": [2, 9, 0, 1]})
+    assert rows_of(texts.select([1, 2]), other, "other")["n"][:] == [1, 2]
+    with pytest.raises(ValueError, match="the row with id 'r3' is not in other; add it there too"):
+        rows_of(texts, other, "other")
+    with pytest.raises(ValueError, match="the id 'r0' is more than once in other; remove one"):
+        rows_of(texts.select([1]), other.select([0, 2, 3, 2]), "other")
+    for one, two in ((texts.remove_columns("id"), other), (texts, other.remove_columns("id"))):
+        with pytest.raises(ValueError, match="the column 'id' is missing"):
+            rows_of(one, two, "other")
+
+
+def test_label_position(labels: LabelSpace) -> None:
+    assert [label_position(one, labels) for one in ("bug", "Bug report", "question")] == [0, 0, 2]
+    with pytest.raises(ValueError, match="the int 1 is no id or name of a label"):
+        label_position(1, labels)
 
 
 def test_arrow_table_holds_the_chosen_rows(texts: Dataset) -> None:

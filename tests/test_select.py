@@ -1,10 +1,14 @@
+import time
+
 import numpy as np
 import pytest
 from datasets import Dataset, List, Value
+from reference import select as reference
 
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.select import (
+    best_of_each,
     chosen,
     id_ranks,
     keep_confident,
@@ -84,6 +88,27 @@ def test_ties_do_not_depend_on_the_order_of_rows() -> None:
     by_id = dict(zip(back["id"], back["weight"], strict=True))
     assert dict(zip(kept["id"], kept["weight"], strict=True)) == by_id
     assert sum(by_id.values()) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_of_each_label_equals_the_loop_over_labels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(0, 60))
+    best, ranks = rng.integers(0, 6, rows), rng.permutation(rows)
+    score = rng.integers(0, 4, rows) / 4  # many ties, and some 0
+    few = int(rng.integers(0, 5))
+    for count in (lambda n: few, lambda n: -(-n // 3), lambda n: n):
+        expected = reference.best_of_each(best.tolist(), score.tolist(), ranks.tolist(), count)
+        assert best_of_each(best, score, ranks, count=count).tolist() == expected
+
+
+def test_the_best_of_each_of_very_many_labels() -> None:
+    rows = 100_000
+    best = np.arange(rows) % (rows // 2)
+    start = time.perf_counter()
+    kept = best_of_each(best, np.ones(rows), np.arange(rows), count=lambda n: n - 1)
+    assert time.perf_counter() - start < 1  # a scan of all rows for each label takes 3 s, this 0.01
+    assert kept.tolist() == [True] * (rows // 2) + [False] * (rows // 2)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1, float("nan")])

@@ -6,9 +6,10 @@ from typing import Literal
 import numpy as np
 from datasets import Dataset, List, Value
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
-from llmlabel.data import gold_index, gold_matrix, require_columns, with_columns
+from llmlabel.data import gold_index, gold_matrix, rows_of, with_columns
+from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import row_weights
 from llmlabel.softlabels import SoftLabels
@@ -51,12 +52,13 @@ def adapt_bands(
             one below when only the band above is dropped.
         actions: one a band, from low to high. "soften" puts 1 - `smoothing` on the hard label and
             the rest evenly on the others; the hard label is gold, or where there is none the most
-            probable label. "replace" takes the label that `replacement` has for the row.
+            probable label. "replace" takes the label that `replacement` has for the row; where it has
+            none, the row keeps its own.
         smoothing: of softened rows.
         replacement: rows with the same ids and other soft labels.
 
     Raises:
-        ValueError: an argument does not fit the others, or a row is not in `replacement`.
+        ValueError: an argument does not fit the others, or a row is not in `replacement`, or twice.
     """
     _check_bands(labels, cuts, actions, smoothing)
     if ("replace" in actions) != (replacement is not None):
@@ -77,7 +79,9 @@ def adapt_bands(
     softened = others + (1 - smoothing - others) * np.eye(len(labels))[hard]
     probs = np.where((band == "soften")[:, None], softened, probs)
     if replacement is not None:
-        other = _same_rows(dataset, replacement, labels)
+        same = rows_of(dataset, replacement, "replacement")
+        other = SoftLabels.from_dataset(same, labels).dense()
+        band[(band == "replace") & ~other.any(axis=1)] = "keep"
         probs = np.where((band == "replace")[:, None], other, probs)
     weights = np.where(band == "drop", 0, row_weights(dataset)).astype(np.float32)
     done = [
@@ -154,10 +158,11 @@ def correct_missing(dataset: Dataset, labels: LabelSpace, *, tau: float = 0.7) -
     a target when its probability is above `tau` and above the mean probability of that label, so
     that a label which the model always finds probable is not added to all rows. The soft label
     becomes probability 1 for the given and the added labels; `added_ids` says which were added.
-    Most of what is added are frequent labels.
+    Most of what is added are frequent labels. A row whose gold nobody knows (null) keeps its soft
+    label, gets nothing added and does not count in the means.
 
-    Differs from the paper: the mean is taken over the rows, not along the steps of a training; the
-    training loop itself can call `missing_labels` with a mean of its own.
+    Differs from the paper: the mean is taken over the rows with gold, not along the steps of a
+    training; the training loop itself can call `missing_labels` with a mean of its own.
 
     Args:
         dataset: training rows with soft labels of a model, and with `gold`, true but incomplete.
@@ -172,13 +177,20 @@ def correct_missing(dataset: Dataset, labels: LabelSpace, *, tau: float = 0.7) -
     if not 0 < tau < 1:
         raise ValueError(f"tau must lie strictly between 0 and 1; got {tau}")
     soft = SoftLabels.from_dataset(dataset, labels)
-    given = csr_array(gold_matrix(dataset, labels))
-    labelled = max(int((np.diff(soft.probs.indptr) > 0).sum()), 1)
-    means = np.asarray(soft.probs.astype(np.float64).sum(axis=0)).ravel() / labelled
-    added = missing_labels(soft.probs, given, means, tau=tau)
-    targets = (given.astype(np.float32) + added.astype(np.float32)).tocsr()
-    found = SoftLabels(targets, labels.fingerprint, multilabel=True).add_to(dataset)
-    lists = [ids.tolist() for ids in np.split(added.indices, added.indptr[1:-1])]
+    golds = gold_matrix(dataset, labels)
+    known = arrow_table(dataset.select_columns(["gold"]))["gold"].is_valid().to_numpy()
+    given, probs = csr_array(golds[known]), soft.probs[known]
+    labelled = max(int((np.diff(probs.indptr) > 0).sum()), 1)
+    means = np.asarray(probs.astype(np.float64).sum(axis=0)).ravel() / labelled
+    added = missing_labels(probs, given, means, tau=tau)
+    targets = given.astype(np.float32) + added.astype(np.float32)
+    order = np.argsort(np.argsort(~known, kind="stable"))  # known rows come first in the stack
+    stacked = vstack([targets, soft.probs[~known]], format="csr")[order]
+    found = SoftLabels(stacked, labels.fingerprint, multilabel=True).add_to(dataset)
+    lists: list[list[int]] = [[] for _ in range(len(dataset))]
+    ids = np.split(added.indices, added.indptr[1:-1])
+    for row, mine in zip(np.flatnonzero(known).tolist(), ids, strict=False):
+        lists[row] = mine.tolist()
     return with_columns(found, {"added_ids": (lists, List(Value("int32")))})
 
 
@@ -207,16 +219,3 @@ def _check_bands(
         raise ValueError(f"cuts must rise strictly between 0 and 1; got {cuts}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be at least 0 and below 1; got {smoothing}")
-
-
-def _same_rows(
-    dataset: Dataset, other: Dataset, labels: LabelSpace
-) -> Float[np.ndarray, "rows labels"]:
-    """The soft labels that `other` has for the rows of `dataset`."""
-    require_columns(dataset, "id")
-    require_columns(other, "id")
-    position = {id: row for row, id in enumerate(other["id"][:])}
-    ids = dataset["id"][:]
-    if absent := [id for id in ids if id not in position]:
-        raise ValueError(f"the row with id {absent[0]!r} is not in replacement; label it there too")
-    return SoftLabels.from_dataset(other, labels).dense()[[position[id] for id in ids]]

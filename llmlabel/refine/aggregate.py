@@ -1,19 +1,20 @@
 """Several sources become one soft label, with a weight that says how far they agree."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
-from llmlabel.data import with_columns
+from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.refine import crowd
 from llmlabel.refine.annotators import Abstention, dawid_skene, warn_of_copies
 from llmlabel.refine.debias import given_shares
 from llmlabel.refine.votes import Votes, read_votes, vote_lists
+from llmlabel.select import row_weights
 from llmlabel.softlabels import VOTES, SoftLabels
 
 Counting = Literal["average", "log_average", "majority", "softmax"]
@@ -23,6 +24,8 @@ Method = Literal[Counting, Modelling]
 _AVERAGED: tuple[Method, ...] = (
     *("majority", "softmax", "wawa", "zbs", "glad", "mace", "dawid_skene"),
 )
+
+_NO_LABEL = "no source has a label"
 
 _MOST_NAMES = 8
 """So many sources of one table are named in the column `engine`; of more, their number."""
@@ -50,9 +53,11 @@ def aggregate(  # noqa: PLR0913 - each is one plain choice
     mean of these seven (arXiv 2212.09409), for when nobody knows which one fits: in our measurements
     its likelihood was never below the median of theirs.
 
-    A source that has no label for a row does not vote on it. `agreement` is the number of sources
-    whose most probable label is the row's, `weight` the squared confidence of that consensus (see
-    `vote_confidence`).
+    A source that has no label for a row, or probability 0 for all, does not vote on it. `agreement`
+    is the number of sources whose most probable label is the row's, `weight` the squared confidence
+    of that consensus (see `vote_confidence`). A row whose weight is 0 already, in the first source
+    or the table, keeps 0: a selector such as `drop_near_duplicates` left it out. The rows of one
+    table keep their own `error`; where no source has a label, that is said before it.
 
     Args:
         sources: name -> rows with soft labels, the same ids in the same order; or one table with
@@ -97,24 +102,21 @@ def aggregate(  # noqa: PLR0913 - each is one plain choice
         soft = SoftLabels.from_dense(np.zeros((read.rows, read.labels)), labels)
     confidence, agreement = vote_confidence(read, soft.dense().argmax(axis=1))
     weight = np.where(agreement >= min_agreement, np.minimum(confidence, 1.0) ** 2, 0.0)
-    first = sources if isinstance(sources, Dataset) else next(iter(sources.values()))
-    engine = " + ".join(read.names if isinstance(sources, Dataset) else sources)
-    if isinstance(sources, Dataset) and len(read.names) > _MOST_NAMES:
+    table = sources if isinstance(sources, Dataset) else None
+    first = next(iter(sources.values())) if table is None else table
+    weight = np.where(row_weights(first) > 0, weight, 0.0)
+    engine = " + ".join(sources if table is None else read.names)
+    if table is not None and len(read.names) > _MOST_NAMES:
         engine = f"{len(read.names)} sources"
-    voted = read.voted
     columns = {
         "weight": (weight.astype(np.float32), Value("float32")),
         "agreement": (agreement.astype(np.int32), Value("int32")),
-        "engine": (pa.repeat(engine, read.rows), Value("string")),
         # of the first source, and nothing that all of them share
         "label_mass": (pa.nulls(read.rows), Value("float32")),
-        "prompt_sha": (pa.nulls(read.rows), Value("string")),
-        "error": (
-            pa.array(np.where(voted, "", "no source has a label"), mask=voted),
-            Value("string"),
-        ),
+        **provenance(engine, rows=read.rows),
+        "error": (_errors(read, table), Value("string")),
     }
-    if not isinstance(sources, Dataset):
+    if table is None:
         columns = {"votes": (_votes(read), VOTES), **columns}
     return with_columns(soft.add_to(first), columns)
 
@@ -151,6 +153,14 @@ def combine(
             ]
             return np.mean(found, axis=0)
     raise ValueError(f"method {method!r} takes distributions; llmlabel.refine.crowd has it")
+
+
+def provenance(engine: str, *, rows: int) -> dict[str, tuple[Any, Any]]:
+    """The columns that say where what several sources made comes from; they share no prompt."""
+    return {
+        "engine": (pa.repeat(engine, rows), Value("string")),
+        "prompt_sha": (pa.nulls(rows), Value("string")),
+    }
 
 
 def committee_weights(
@@ -272,6 +282,20 @@ def _source_weights(
     if not (values >= 0).all() or not values.sum() > 0:
         raise ValueError(f"weights must be at least 0 and not all 0; got {weights}")
     return values
+
+
+def _errors(votes: Votes, table: Dataset | None) -> list[str | None]:
+    """The own error of each row of one table, behind `_NO_LABEL` where nobody voted."""
+    own: list[str | None] = [None] * votes.rows
+    if table is not None and "error" in table.column_names:
+        require_columns(table, "error")
+        own = table["error"][:]
+    errors: list[str | None] = []
+    for voted, error in zip(votes.voted.tolist(), own, strict=True):
+        said = (error or "").removeprefix(_NO_LABEL).removeprefix("; ")  # by `aggregate` before
+        parts = [part for part in ("" if voted else _NO_LABEL, said) if part]
+        errors.append("; ".join(parts) or None)
+    return errors
 
 
 def _votes(votes: Votes) -> pa.ListArray:

@@ -2,9 +2,13 @@
 
 A store is a folder with one Parquet file `labels.parquet`, a row key and a fixed number of bytes
 for each row, or, for `llmlabel.refine.projector.LowRank`, with one file for all rows. Its header
-names the codec, the version of the format and the label space; what does not fit is refused. Both
-ways work block by block, in memory that does not grow with the rows. `restore` gives back `id` and
-the columns of the soft label; `llmlabel.data.join` adds them to the texts.
+names the codec, the version of the format and the label space; what does not fit is refused.
+`restore` gives back `id` and the columns of the soft label; `llmlabel.data.join` adds them to the
+texts.
+
+All works block by block. The memory of `compress_blocks` and `restore_blocks` does not grow with the
+rows; `restore` returns all rows at once, and for `TwoDistances` `compress` keeps some 240 bytes a row
+to find partners.
 """
 
 import dataclasses
@@ -189,7 +193,10 @@ def restore(
         ValueError: the store is broken, or of another label space or version of the format.
     """
     if (store / projector.FILE).is_file():
-        return projector.read(store, labels, texts, anchors, version=FORMAT_VERSION)
+        block_rows = max(_BLOCK_VALUES // len(labels), 1)
+        return projector.read(
+            store, labels, texts, anchors, version=FORMAT_VERSION, block_rows=block_rows
+        )
     blocks = [arrow_table(block) for block in restore_blocks(store, labels, rest=rest)]
     return in_memory(pa.concat_tables(blocks))
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from jaxtyping import Float
+from scipy.sparse import vstack
 
-from llmlabel.data import require_columns
+from llmlabel.data import require_columns, rows_of
 from llmlabel.files import commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import row_vectors
@@ -151,8 +152,12 @@ def read(
     anchors: Dataset | None,
     *,
     version: int,
+    block_rows: int,
 ) -> Dataset:
-    """The soft labels that the projector gives to `texts`, in which nothing else is changed."""
+    """The soft labels that the projector gives to `texts`, in which nothing else is changed.
+
+    Rows x labels numbers are in memory for `block_rows` rows at a time, beside what is returned.
+    """
     from safetensors.numpy import load_file
 
     if texts is None or anchors is None:
@@ -168,14 +173,14 @@ def read(
         )
     require_columns(texts, "id")
     found = load_file(store / FILE)
-    log_probs = project(
-        _of_width(row_vectors(texts), vectors.shape[1]),
-        vectors,
-        found["left"].astype(np.float64),
-        found["right"].astype(np.float64),
-        scale=head["codec"]["scale"],
-    )
-    return SoftLabels.from_scores(log_probs, labels).add_to(texts)
+    rows = _of_width(row_vectors(texts), vectors.shape[1])
+    left, right = found["left"].astype(np.float64), found["right"].astype(np.float64)
+    blocks = []
+    for start in range(0, len(rows), block_rows):
+        block = rows[start : start + block_rows]
+        log_probs = project(block, vectors, left, right, scale=head["codec"]["scale"])
+        blocks.append(SoftLabels.from_scores(log_probs, labels).probs)
+    return SoftLabels(vstack(blocks, format="csr"), labels.fingerprint).add_to(texts)
 
 
 def header(store: Path) -> dict[str, Any]:
@@ -212,10 +217,11 @@ def check_header(
 def _anchors(anchors: Dataset, labels: LabelSpace) -> Float[np.ndarray, "labels width"]:
     """The vector of each label, in the order of the space."""
     require_columns(anchors, "id")
-    position = {id: row for row, id in enumerate(anchors["id"][:])}
-    if absent := [id for id in labels.ids if id not in position]:
+    there = set(anchors["id"][:])
+    if absent := [id for id in labels.ids if id not in there]:
         raise ValueError(f"anchors has no row with the id of label {absent[0]!r}; give every label")
-    return row_vectors(anchors.select([position[id] for id in labels.ids]))
+    wanted = Dataset.from_dict({"id": list(labels.ids)})
+    return row_vectors(rows_of(wanted, anchors, "anchors"))
 
 
 def _of_width(vectors: Float[np.ndarray, "rows w"], width: int) -> Float[np.ndarray, "rows w"]:

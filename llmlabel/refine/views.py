@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from llmlabel.data import require_columns, with_columns
 from llmlabel.labelspace import LabelSpace
-from llmlabel.refine.aggregate import consensus
+from llmlabel.refine.aggregate import consensus, provenance
 from llmlabel.refine.crowd import average
 from llmlabel.refine.votes import Votes, read_votes
 
@@ -121,7 +121,7 @@ def aggregate_spans(
     """The rows of the first source with the `spans` that sources agree on; see `fuse_spans`.
 
     Starts and ends are rounded to whole characters. A null in `spans` is a text that a source could
-    not read; where all are, the row has an `error`.
+    not read; where all are, the row has an `error`. `engine` names all sources, `prompt_sha` is null.
 
     Args:
         sources: name -> rows with `id`, `text` and `spans` (`start`, `end`, `label_id`, `prob`), the
@@ -168,7 +168,7 @@ def aggregate_spans(
     ]
     errors = [None if spans is not None else "no source has spans" for spans in fused]
     columns = {"spans": (fused, SPANS), "error": (errors, Value("string"))}
-    return with_columns(first, columns)
+    return with_columns(first, {**columns, **provenance(" + ".join(sources), rows=len(ids))})
 
 
 def fuse_spans(

@@ -1,5 +1,6 @@
 """Votes: who said what about which row, as arrays, read and checked."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features
 from jaxtyping import Bool, Float, Int
 
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import label_position, require_columns, with_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import VOTES, SoftLabels
@@ -26,7 +27,8 @@ class Votes:
     """One entry for each label that a source gave a row, by row, then source, then label.
 
     The entries of one source on one row are its vote: a label with probability 1 (a hard vote), or
-    several with theirs (a soft one). A source without an entry on a row did not vote on it.
+    several with theirs (a soft one). A source without an entry on a row did not vote on it, and
+    `read_votes` reads one whose probabilities on a row are all 0 as that.
 
     Attributes:
         row: Position of the row.
@@ -133,14 +135,29 @@ class Votes:
 def read_votes(sources: dict[str, Dataset] | Dataset, labels: LabelSpace) -> Votes:
     """The soft labels of several sources on the same rows, or the column `votes` of one table.
 
-    In the column, a null `label_id` is an abstention, read as no vote, and a null `prob` is 1.
+    In the column, a null `label_id` is an abstention, read as no vote, and a null `prob` is 1. Where
+    all probabilities of a source on a row are 0, it has no vote on it.
 
     Raises:
-        ValueError: Sources have other rows, a label is outside the space, a probability is none, or
-            a source votes twice on a row.
+        ValueError: Sources have other rows, rows were labelled in another space, a label is outside
+            it, a probability is none, or a source votes twice on a row.
     """
     if isinstance(sources, Dataset):
-        return _column_votes(sources, labels)
+        read = _column_votes(sources, labels)
+    else:
+        read = _table_votes(sources, labels)
+    start = np.flatnonzero(read.first())
+    if not start.size:
+        return read
+    length = np.diff(np.append(start, len(read.row)))
+    kept = np.repeat(np.add.reduceat(read.prob, start) > 0, length)
+    if kept.all():
+        return read
+    entries = (read.row[kept], read.source[kept], read.label[kept], read.prob[kept])
+    return Votes(*entries, read.names, read.rows, read.labels)
+
+
+def _table_votes(sources: dict[str, Dataset], labels: LabelSpace) -> Votes:
     if not sources:
         raise ValueError("aggregate needs at least one source")
     first_name, first = next(iter(sources.items()))
@@ -172,7 +189,7 @@ def add_votes(dataset: Dataset, votes: Dataset, labels: LabelSpace) -> Dataset:
 
     Raises:
         ValueError: a vote is on a row or for a label that is not there, has no source, a source
-            votes twice on a row, or the rows have votes already.
+            votes twice on a row, two rows have one id, or the rows have votes already.
     """
     require_columns(dataset, "id")
     require_columns(votes, "id", "source", "label")
@@ -180,6 +197,11 @@ def add_votes(dataset: Dataset, votes: Dataset, labels: LabelSpace) -> Dataset:
         raise ValueError("the rows have the column votes already; take it away first")
     table = arrow_table(votes).combine_chunks()
     ids = pa.array(dataset["id"][:])
+    if len(pc.unique(ids)) < len(ids):
+        twice = Counter(ids.to_pylist()).most_common(1)[0][0]
+        raise ValueError(
+            f"the id {twice!r} is of several rows, which votes cannot tell apart; make ids unique"
+        )
     row = pc.index_in(table["id"].cast(ids.type), value_set=ids).combine_chunks()
     if row.null_count:
         lost = table["id"][pc.index(row.is_null(), True).as_py()].as_py()
@@ -188,7 +210,10 @@ def add_votes(dataset: Dataset, votes: Dataset, labels: LabelSpace) -> Dataset:
         raise ValueError("a vote has no source; name who cast it in the column 'source'")
     coded = table["label"].combine_chunks().dictionary_encode()
     try:
-        known = [labels.index(label) for label in coded.dictionary.to_pylist()]
+        known = [
+            None if label is None else label_position(label, labels)
+            for label in coded.dictionary.to_pylist()
+        ]
     except ValueError as error:
         raise ValueError(f"column 'label' of the votes: {error}") from None
     label = pa.array(known, pa.int32()).take(coded.indices)
@@ -213,6 +238,8 @@ def vote_lists(row: Int[np.ndarray, " votes"], entries: pa.Table, *, rows: int) 
 
 def _column_votes(dataset: Dataset, labels: LabelSpace) -> Votes:
     require_columns(dataset, "votes")
+    if "label_space" in dataset.column_names:
+        _refuse_other_space(dataset, labels)
     lists = arrow_table(dataset.select_columns(["votes"]))["votes"].combine_chunks()
     lists = lists.cast(Features({"votes": VOTES}).arrow_schema.field("votes").type)
     row = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
@@ -243,6 +270,17 @@ def _column_votes(dataset: Dataset, labels: LabelSpace) -> Votes:
     )
     _refuse_second_votes(read, dataset, multilabel=labels.multilabel)
     return read
+
+
+def _refuse_other_space(dataset: Dataset, labels: LabelSpace) -> None:
+    require_columns(dataset, "label_space")
+    spaces = arrow_table(dataset.select_columns(["label_space"]))["label_space"].unique()
+    for space in spaces.to_pylist():
+        if space not in (None, labels.fingerprint):
+            raise ValueError(
+                f"the rows carry votes of label space {space}, but the label space given is "
+                f"{labels.fingerprint}; load the one that made them, or label the rows again"
+            )
 
 
 def _refuse_second_votes(votes: Votes, dataset: Dataset, *, multilabel: bool) -> None:

@@ -49,7 +49,9 @@ def vote_entropy(
     """Entropy of the sources' answers to each row over its maximum, Dagan and Engelson 1995.
 
     An answer is any number that is equal for equal answers; -1 is no answer. The maximum is the
-    logarithm of the number of sources: 1 when each says something else.
+    logarithm of the number of all sources, also of those without an answer to the row: 1 when all
+    answer and each says something else. Takes rows x sources^2 numbers, so it is for few sources;
+    `llmlabel.select.uncertain.label_entropy` reads any number of votes.
     """
     given = answers >= 0
     same = (answers[:, :, None] == answers[:, None, :]) & given[:, None, :]
@@ -99,11 +101,13 @@ def best_of_each(
     count: Callable[[int], int],
 ) -> Bool[np.ndarray, " rows"]:
     """Whether a row is among the first `count(rows of its label)` by score; a score of 0 never is."""
+    rows = np.flatnonzero(score > 0)
+    rows = rows[np.lexsort((ranks[rows], -score[rows], best[rows]))]
+    sizes = np.unique(best[rows], return_counts=True)[1]
+    quotas = np.array([count(size) for size in sizes.tolist()], dtype=np.int64)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # in its label
     kept = np.zeros(len(best), dtype=bool)
-    for label in np.unique(best):
-        rows = np.flatnonzero((best == label) & (score > 0))
-        order = np.lexsort((ranks[rows], -score[rows]))
-        kept[rows[order[: count(len(rows))]]] = True
+    kept[rows[place < np.repeat(quotas, sizes)]] = True
     return kept
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, Value
 from jaxtyping import Bool, Float, Int
 
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import rows_of, with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import check_budget, highest, id_ranks, row_weights, with_selection
 from llmlabel.select.uncertain import entropies
@@ -116,7 +116,7 @@ def select_llkd(dataset: Dataset, student: Dataset, labels: LabelSpace) -> Datas
     teacher = SoftLabels.from_dataset(dataset, labels)
     probs = teacher.dense()
     known = np.flatnonzero(probs.max(axis=1) > 0)
-    learner = SoftLabels.from_dataset(_rows_of(dataset, student, "student"), labels)
+    learner = SoftLabels.from_dataset(rows_of(dataset, student, "student"), labels)
     uncertainty = entropies(learner)
     confidence = probs.max(axis=1)
     taken, weights = np.zeros(len(dataset), dtype=bool), np.zeros(len(dataset))
@@ -168,7 +168,7 @@ def select_learnable(
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
     target = SoftLabels.from_dataset(dataset, labels)
-    guess = SoftLabels.from_dataset(_rows_of(dataset, small, "small"), labels)
+    guess = SoftLabels.from_dataset(rows_of(dataset, small, "small"), labels)
     rows = np.arange(len(dataset))
     label = np.asarray(target.probs.argmax(axis=1)).ravel()
     probs = guess.top(k).dense()[rows, label]
@@ -200,16 +200,3 @@ def learnable_score(
     """
     losses = -log_probs[in_top_k] if masked == "drop" else np.where(in_top_k, -log_probs, 0.0)
     return float(np.median(losses)) if losses.size else float("nan")
-
-
-def _rows_of(dataset: Dataset, other: Dataset, name: str) -> Dataset:
-    """The rows of `other` with the ids of `dataset`, in its order."""
-    require_columns(dataset, "id")
-    require_columns(other, "id")
-    position = {id: row for row, id in enumerate(other["id"][:])}
-    ids = dataset["id"][:]
-    if absent := [id for id in ids if id not in position]:
-        raise ValueError(
-            f"the row with id {absent[0]!r} is not in {name}; label the same rows with it"
-        )
-    return other.select([position[id] for id in ids])

@@ -62,8 +62,8 @@ def rad_probabilities(
 
     max over p, min over |M| <= r of sum_{i not in M} p_i g_i. With gains falling and H_k = sum of 1
     / g_i for i <= k: k* = argmax (k - r) / H_k, p_i = 1 / (g_i H_k*) for i <= k*, else 0. So of the
-    rows that are taken, less informative ones get more mass. Equal gains share; of two equally good
-    k the smaller is taken.
+    rows that are taken, less informative ones get more mass. Equal gains share, but with no mistakes
+    one row takes all; of two equally good k the smaller is taken.
 
     Args:
         gains: of asking about each row, at least 0; below 1e-6 of the largest counts as that.

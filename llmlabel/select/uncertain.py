@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from llmlabel.data import require_columns
 from llmlabel.labelspace import LabelSpace
-from llmlabel.select import highest, id_ranks, margins, vote_entropy, with_selection
+from llmlabel.refine.votes import Votes, read_votes
+from llmlabel.select import highest, id_ranks, margins, with_selection
 from llmlabel.softlabels import SoftLabels
 
 Measure = Literal["margin", "entropy", "least_confident", "votes"]
@@ -22,8 +22,9 @@ def select_uncertain(
     "margin" is 1 minus the first probability less the second (Scheffer et al. 2001), "entropy" that
     of the distribution over its maximum (Shannon 1948; Settles 2009, section 3.1),
     "least_confident" 1 minus the largest probability (Lewis and Gale 1994), "votes" the vote
-    entropy of the sources (Dagan and Engelson 1995). Uncertain rows are also those that a teacher
-    gets wrong most: see `llmlabel.select.robust` when a model answers, not a person.
+    entropy of the sources (Dagan and Engelson 1995; `label_entropy`), where a vote counts for its
+    most probable label. Uncertain rows are also those that a teacher gets wrong most: see
+    `llmlabel.select.robust` when a model answers, not a person.
 
     Args:
         dataset: rows with soft labels, or `votes` for that measure.
@@ -34,8 +35,8 @@ def select_uncertain(
     if labels.multilabel and measure in ("least_confident", "votes"):
         raise ValueError(f"measure {measure!r} needs labels that exclude each other; use margin")
     if measure == "votes":
-        answers = _answers(dataset, len(labels))
-        scores = np.where((answers >= 0).any(axis=1), vote_entropy(answers), 1.0)
+        votes = read_votes(dataset, labels).hard()
+        scores = np.where(votes.voted, label_entropy(votes), 1.0)
     else:
         soft = SoftLabels.from_dataset(dataset, labels)
         scores = _uncertainty(soft, measure)
@@ -64,6 +65,26 @@ def entropies(soft: SoftLabels) -> Float[np.ndarray, " rows"]:
     )
 
 
+def label_entropy(votes: Votes) -> Float[np.ndarray, " rows"]:
+    """Entropy of the labels that each row's votes are for, over the log of their number.
+
+    Dagan and Engelson 1995, "Committee-Based Sampling for Training Probabilistic Classifiers", with
+    hard votes: 1 when each says something else, 0 for a row with one vote or none.
+
+    Differs from the paper: a source without a vote on a row is not of its committee.
+    """
+    cell, count = np.unique(
+        votes.row.astype(np.int64) * votes.labels + votes.label, return_counts=True
+    )
+    cast = np.bincount(votes.row, minlength=votes.rows)
+    order = np.lexsort((count, cell // votes.labels))  # which label has which count breaks no tie
+    row, count = cell[order] // votes.labels, count[order]
+    same = np.bincount(row, count * np.log(count), minlength=votes.rows)
+    several = np.maximum(cast, 2)
+    # the entropy is log n - sum_c n_c log(n_c) / n; in this form exactly 0 and 1 at its ends
+    return np.where(cast > 1, 1.0 - same / (several * np.log(several)), 0.0)
+
+
 def _times_log(probs: np.ndarray) -> np.ndarray:
     return probs * np.log(np.maximum(probs, 1e-30))
 
@@ -74,22 +95,6 @@ def _uncertainty(soft: SoftLabels, measure: Measure) -> Float[np.ndarray, " rows
     if measure == "entropy":
         return entropies(soft)
     return 1 - soft.dense().max(axis=1)
-
-
-def _answers(dataset: Dataset, count: int) -> Int[np.ndarray, "rows sources"]:
-    """The label that each source voted for, -1 for none."""
-    require_columns(dataset, "votes")
-    votes = dataset["votes"][:]
-    names = sorted({vote["source"] for row in votes for vote in row or []})
-    answers = np.full((len(votes), max(len(names), 1)), -1, dtype=np.int64)
-    place = {name: column for column, name in enumerate(names)}
-    for row, given in enumerate(votes):
-        for vote in given or []:
-            label = vote["label_id"]
-            answers[row, place[vote["source"]]] = -1 if label is None else label
-    if (answers >= count).any():
-        raise ValueError(f"a vote is for label {answers.max()}, but there are only {count} labels")
-    return answers
 
 
 def _reason(row: dict[str, Any], labels: LabelSpace, measure: Measure, score: float) -> str:

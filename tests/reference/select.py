@@ -45,6 +45,17 @@ def llkd(batches, count, ema):
     return found
 
 
+def best_of_each(best, score, ranks, count):
+    """Label by label: the first `count(rows with a score above 0)` of its rows."""
+    kept = [False] * len(best)
+    for label in set(best):
+        rows = [i for i in range(len(best)) if best[i] == label and score[i] > 0]
+        rows.sort(key=lambda i: (-score[i], ranks[i]))
+        for row in rows[: count(len(rows))]:
+            kept[row] = True
+    return kept
+
+
 def median(values):
     ordered = sorted(values)
     middle = len(ordered) // 2

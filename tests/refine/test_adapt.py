@@ -102,6 +102,22 @@ def test_replaced_rows_are_joined_by_id() -> None:
         adapt_bands(rows, LABELS, statistic="max", replacement=other)
 
 
+def test_a_row_keeps_its_label_where_the_replacement_has_none() -> None:
+    rows = table([[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.0, 0.0, 0.0]])
+    other = table([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    ways = {"statistic": "max", "cuts": (0.7,), "actions": ("replace", "keep")}
+    got = adapt_bands(rows, LABELS, **ways, replacement=other)
+    assert got["band"][:] == ["keep", "replace", None]
+    assert dense(got) == pytest.approx(np.array([[0.6, 0.4, 0], [0, 1, 0], [0, 0, 0]]), abs=1e-7)
+
+
+def test_a_replacement_with_a_row_twice_is_refused() -> None:
+    rows = table([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0]])
+    ways = {"statistic": "max", "cuts": (0.7,), "actions": ("replace", "keep")}
+    with pytest.raises(ValueError, match="the id 'r1' is more than once in replacement; remove"):
+        adapt_bands(rows, LABELS, **ways, replacement=rows.select([0, 1, 1]))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -171,6 +187,34 @@ def test_correction_equals_the_rule_of_the_paper(seed: int) -> None:
     gold = [rng.permutation(3)[: rng.integers(0, 3)].tolist() for _ in probs]
     got = correct_missing(table(probs, gold=gold, labels=MANY), MANY, tau=0.4)
     assert got["added_ids"][:] == reference.comic(probs.astype(float).tolist(), gold, 0.4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_unknown_gold_keep_their_soft_label_and_count_in_no_mean(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probs = rng.uniform(size=(15, 3)).astype(np.float32) * (rng.uniform(size=(15, 1)) < 0.9)
+    gold = [rng.permutation(3)[: rng.integers(0, 3)].tolist() for _ in probs]
+    known = rng.uniform(size=15) < 0.6
+    some = [one if there else None for one, there in zip(gold, known, strict=True)]
+    rows = table(probs, gold=some, labels=MANY)
+    got = correct_missing(rows, MANY, tau=0.4)
+    taken = np.flatnonzero(known)
+    expected = iter(
+        reference.comic(probs[taken].astype(float).tolist(), [gold[i] for i in taken], 0.4)
+    )
+    assert got["added_ids"][:] == [next(expected) if there else [] for there in known]
+    before, after = dense(rows, MANY), dense(got, MANY)
+    assert after[~known].tolist() == before[~known].tolist()
+    for row in taken:
+        assert np.flatnonzero(after[row]).tolist() == sorted(gold[row] + got["added_ids"][row])
+        assert set(after[row]) <= {0.0, 1.0}
+
+
+def test_nobody_knows_any_gold() -> None:
+    rows = table([[0.9, 0.8, 0.0]] * 2, gold=[None, None], labels=MANY)
+    got = correct_missing(rows, MANY)
+    assert got["added_ids"][:] == [[], []]
+    assert got["label_probs"][:] == rows["label_probs"][:]
 
 
 def test_a_training_loop_gives_its_own_means() -> None:

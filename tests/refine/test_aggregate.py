@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from reference import aggregate as reference
 
 from llmlabel.data import with_columns
@@ -309,6 +309,52 @@ def test_nobody_voted() -> None:
         assert got["label_ids"][:] == [[], []]
         assert got["error"][:] == ["no source has a label"] * 2
         assert got["weight"][:] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", ["average", "log_average", "majority", "softmax", "wawa"])
+def test_votes_of_probability_0_are_none(method: str) -> None:
+    dataset = voted([("Ann", 1, 0.0), ("Bob", 2, 0.8)], [("Ann", 1, 0.0)])
+    alone = voted([("Bob", 2, 0.8)], [])
+    got = aggregate(dataset, LABELS, method=method)
+    assert dense(got).tolist() == dense(aggregate(alone, LABELS, method=method)).tolist()
+    assert got["error"][:] == [None, "no source has a label"]
+    assert got["weight"][1] == 0
+    zero = {"label_ids": ([[0, 1]] * 2, List(Value("int32")))}
+    zero["label_probs"] = ([[0.0, 0.0]] * 2, List(Value("float32")))
+    mute = with_columns(source(np.eye(3)[:2]), zero)
+    tables = {"mute": mute, "x": source(np.array([[0.2, 0.0, 0.8], [0.0, 0.0, 0.0]]))}
+    got = aggregate(tables, LABELS, method=method)
+    assert got["error"][:] == [None, "no source has a label"]
+    assert got["agreement"][:] == [1, 0]
+    assert [len(votes) for votes in got["votes"]] == [1, 0]
+
+
+def test_one_table_keeps_its_own_errors() -> None:
+    rows = voted([("Ann", 0, None)], [], [("Ann", 0, None)], [])
+    own = ["pattern 'x' took too long", "a question could not be read", None, None]
+    rows = with_columns(rows, {"error": (own, Value("string"))})
+    got = aggregate(rows, LABELS, method="majority")
+    silent = "no source has a label"
+    assert got["error"][:] == [own[0], f"{silent}; {own[1]}", None, silent]
+    again = aggregate(got, LABELS, method="majority")
+    assert again["error"][:] == got["error"][:]
+
+
+def test_what_an_earlier_consensus_said_of_a_row_is_not_kept() -> None:
+    rows = voted([("Ann", 0, None), ("Bob", 1, None)], [("Bob", 1, None)])
+    first = aggregate(rows, LABELS, method="majority", weights={"Ann": 1.0, "Bob": 0.0})
+    assert first["error"][:] == [None, "no source has a label"]
+    assert aggregate(first, LABELS, method="majority")["error"][:] == [None, None]
+
+
+def test_rows_that_a_selector_left_out_stay_out() -> None:
+    weights = {"weight": ([0.0, 0.3, None], Value("float32"))}
+    one = with_columns(source(np.array([[1.0, 0.0, 0.0]] * 3)), weights)
+    other = source(np.array([[1.0, 0.0, 0.0]] * 3))
+    assert aggregate({"x": one, "y": other}, LABELS)["weight"][:] == [0, 1, 1]
+    assert aggregate({"y": other, "x": one}, LABELS)["weight"][:] == [1, 1, 1]
+    rows = with_columns(voted(*[[("Ann", 0, None), ("Bob", 0, None)]] * 3), weights)
+    assert aggregate(rows, LABELS, method="majority")["weight"][:] == [0, 1, 1]
 
 
 def test_a_recipe_gives_one_table_or_several() -> None:

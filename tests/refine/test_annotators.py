@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 from pydantic import TypeAdapter
 from reference import annotators as reference
 
@@ -16,7 +16,7 @@ from llmlabel.refine import crowd
 from llmlabel.refine.aggregate import aggregate, combine
 from llmlabel.refine.annotators import AnnotatorReport, dawid_skene, measure_annotators
 from llmlabel.refine.votes import Votes, add_votes, read_votes
-from llmlabel.softlabels import VOTES
+from llmlabel.softlabels import VOTES, SoftLabels
 
 SDG = Path(__file__).parents[3] / "shared" / "data" / "sdg_benchmark" / "sdg_benchmark.jsonl"
 LABELS = load_labels(["a", "b", "c"])
@@ -434,6 +434,7 @@ def test_long_table_becomes_votes() -> None:
     [
         ({"id": ["x", "q"]}, "a vote is on the row 'q', but no row has that id"),
         ({"label": ["a", "d"]}, "column 'label' of the votes: unknown label 'd'"),
+        ({"label": [0, 1]}, "column 'label' of the votes: the int 0 is no id or name of a label"),
         ({"source": ["Ann", None]}, "a vote has no source"),
         ({"id": ["x", "x"]}, "row with id 'x': source 'Ann' votes twice, for the label ids"),
         ({"prob": [float("nan"), 1.0]}, "source 'Ann' votes with the probability nan"),
@@ -471,6 +472,45 @@ def one_row(*entries: tuple[str | None, int | None, float | None]) -> Dataset:
 def test_broken_votes(entries: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_votes(one_row(*entries), LABELS)
+
+
+def test_a_vote_of_probability_0_is_no_vote() -> None:
+    votes = read_votes(one_row(("A", 0, 0.0), ("B", 1, 0.5), ("B", 2, 0.0), ("C", 2, 0.0)), LABELS)
+    assert listed(votes) == [(0, 1, 1, 0.5), (0, 1, 2, 0.0)]
+    assert votes.names == ("A", "B", "C")
+    assert not read_votes(one_row(("A", 0, 0.0), ("A", 1, 0.0)), LABELS).voted.any()
+
+
+def test_votes_of_another_label_space_are_refused() -> None:
+    other = load_labels(["x", "y", "z"])
+    rows = Dataset.from_dict({"id": ["x"], "label_ids": [[0]], "label_probs": [[1.0]]})
+    lists = {"votes": ([[{"source": "A", "label_id": 0, "prob": 1.0}]], VOTES)}
+    for space in (LABELS.fingerprint, None):
+        known = with_columns(rows, {**lists, "label_space": ([space], Value("string"))})
+        assert read_votes(known, LABELS).voted.all()
+    wrong = with_columns(rows, {**lists, "label_space": ([other.fingerprint], Value("string"))})
+    with pytest.raises(ValueError, match=f"of label space {other.fingerprint}, but the") as told:
+        read_votes(wrong, LABELS)
+    with pytest.raises(ValueError, match="carry soft labels of label space") as known:
+        SoftLabels.from_dataset(wrong, LABELS)
+    assert str(told.value) == str(known.value).replace("carry soft labels", "carry votes")
+    long = table_of(id=["x"], source=["Ann"], label=["a"])
+    with pytest.raises(ValueError, match="carry votes of label space"):
+        add_votes(wrong.remove_columns("votes"), long, LABELS)
+
+
+def test_a_long_table_of_abstentions_alone() -> None:
+    rows = Dataset.from_dict({"id": ["x"]})
+    got = add_votes(rows, table_of(id=["x"], source=["Ann"], label=[None]), LABELS)
+    assert got["votes"][0] == [{"source": "Ann", "label_id": None, "prob": None}]
+    assert not read_votes(got, LABELS).voted.any()
+
+
+def test_votes_on_rows_with_one_id_are_refused() -> None:
+    rows = Dataset.from_dict({"id": ["y", "x", "x"]})
+    long = table_of(id=["y"], source=["Ann"], label=["a"])
+    with pytest.raises(ValueError, match=r"the id 'x' is of several rows, .*; make ids unique"):
+        add_votes(rows, long, LABELS)
 
 
 def test_soft_votes_of_one_source_are_one_vote() -> None:

@@ -12,6 +12,7 @@ from reference import compress as reference
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.refine import compress as module
+from llmlabel.refine import projector
 from llmlabel.refine.codecs import Dense, TopK, TwoDistances, partners
 from llmlabel.refine.compress import compress, compress_blocks, restore, restore_blocks, store_size
 from llmlabel.refine.projector import LowRank, project, reduced_rank
@@ -214,6 +215,31 @@ def test_rank_0_is_the_zero_shot_classifier(tmp_path: Path) -> None:
         cosines = [v[i] @ b / np.linalg.norm(v[i]) / np.linalg.norm(b) for b in a]
         powers = np.exp(20 * np.array(cosines))
         assert found[i] == pytest.approx(powers / powers.sum(), abs=1e-6)
+
+
+def test_a_projector_gives_its_labels_slice_by_slice(tmp_path: Path, monkeypatch) -> None:
+    rows, anchors, _ = bed()
+    store = compress(rows, LABELS, codec=LowRank(2, anchors), output=tmp_path)
+    whole = restore(store, LABELS, texts=rows, anchors=anchors)
+    sizes = []
+
+    def spy(vectors, *rest, **more):
+        sizes.append(len(vectors))
+        return project(vectors, *rest, **more)
+
+    monkeypatch.setattr(projector, "project", spy)
+    monkeypatch.setattr(module, "_BLOCK_VALUES", 7 * len(LABELS))
+    sliced = restore(store, LABELS, texts=rows, anchors=anchors)
+    assert sizes == [7] * 8 + [4]
+    assert dense(sliced) == pytest.approx(dense(whole), abs=1e-7)
+    assert sliced.column_names == whole.column_names
+
+
+def test_anchors_with_a_label_twice_are_refused(tmp_path: Path) -> None:
+    rows, anchors, _ = bed()
+    twice = anchors.select([0, 1, 2, 3, 3])
+    with pytest.raises(ValueError, match="the id 'd' is more than once in anchors; remove one"):
+        compress(rows, LABELS, codec=LowRank(2, twice), output=tmp_path)
 
 
 def test_full_rank_gives_a_linear_teacher_back_and_each_rank_brings_it_nearer(

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 from reference import annotators as reference
 
 from llmlabel.data import with_columns
@@ -166,6 +166,14 @@ def test_spans_of_several_tables() -> None:
 def test_broken_spans(span: tuple[int, int, int, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         aggregate_spans({"x": spans_of([span])}, LABELS)
+
+
+def test_spans_of_several_sources_do_not_come_from_the_first_alone() -> None:
+    said = {"engine": (["m1"], Value("string")), "prompt_sha": (["abc"], Value("string"))}
+    first = with_columns(spans_of([(0, 3, 0, 0.9)]), said)
+    got = aggregate_spans({"x": first, "y": spans_of([(0, 3, 0, 0.9)])}, LABELS)
+    assert got["engine"][:] == ["x + y"]
+    assert got["prompt_sha"][:] == [None]
 
 
 def test_spans_need_the_same_rows() -> None:

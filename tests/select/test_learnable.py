@@ -76,6 +76,8 @@ def test_a_round_of_llkd_takes_what_the_teacher_knows_and_the_student_does_not()
     assert found["select_reason"][0] == f"teacher 0.90 sure, student {entropy:.2f} uncertain"
     with pytest.raises(ValueError, match="row with id 'r4' is not in student"):
         select_llkd(teacher, student.select([1, 2, 3, 4]), LABELS)
+    with pytest.raises(ValueError, match="the id 'r3' is more than once in student; remove one"):
+        select_llkd(teacher, student.select([0, 1, 2, 3, 4, 1]), LABELS)
     many = load_labels(["a", "b", "c"], multilabel=True)
     with pytest.raises(ValueError, match="exclude each other"):
         select_llkd(teacher, student, many)
@@ -118,6 +120,8 @@ def test_learnable_refuses_what_it_cannot_do() -> None:
         select_learnable(target, small, LABELS, budget=1, k=0)
     with pytest.raises(ValueError, match="is not in small"):
         select_learnable(target, small.select([0]), LABELS, budget=1)
+    with pytest.raises(ValueError, match="the id 'r1' is more than once in small; remove one"):
+        select_learnable(target, small.select([1, 0, 1]), LABELS, budget=1)
     many = load_labels(["a", "b", "c"], multilabel=True)
     with pytest.raises(ValueError, match="exclude each other"):
         select_learnable(target, small, many, budget=1)

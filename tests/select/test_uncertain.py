@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,9 @@ from datasets import Dataset, Value
 
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
-from llmlabel.select.uncertain import entropies, select_uncertain
+from llmlabel.refine.votes import Votes, read_votes
+from llmlabel.select import vote_entropy
+from llmlabel.select.uncertain import entropies, label_entropy, select_uncertain
 from llmlabel.softlabels import VOTES, SoftLabels
 
 LABELS = load_labels(["bug", "praise", "other"])
@@ -80,8 +83,66 @@ def test_sources_that_disagree() -> None:
     assert found["selected"][:] == [False, True, False, True, False]  # equal scores go by id
     assert found["select_reason"][1] == "the sources disagree: vote entropy 1.00"
     wrong = with_columns(rows, {"votes": ([votes(7)] * 5, VOTES)})
-    with pytest.raises(ValueError, match="a vote is for label 7, but there are only 3"):
+    said = "row with id 'v': source 'a' votes for label id 7, but the label space has ids 0 to 2"
+    with pytest.raises(ValueError, match=said):
         select_uncertain(wrong, LABELS, budget=2, measure="votes")
+
+
+def test_a_whole_distribution_votes_for_its_most_probable_label() -> None:
+    """As `label_direct` writes the answers of two orders: most probable label first."""
+
+    def distribution(source, *probs):
+        order = np.argsort(-np.array(probs), kind="stable").tolist()
+        return [{"source": source, "label_id": n, "prob": probs[n]} for n in order]
+
+    column = [
+        distribution("1", 0.6, 0.3, 0.1) + distribution("2", 0.5, 0.1, 0.4),
+        distribution("1", 0.6, 0.3, 0.1) + distribution("2", 0.3, 0.6, 0.1),
+        distribution("1", 0.6, 0.3, 0.1),
+    ]
+    rows = with_columns(Dataset.from_dict({"id": list("xyz")}), {"votes": (column, VOTES)})
+    found = select_uncertain(rows, LABELS, budget=1, measure="votes")
+    assert found["select_score"][:] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_label_entropy_equals_that_of_all_answers_to_the_row(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    answers = rng.integers(-1, 4, (12, int(rng.integers(1, 7))))
+    row, source = np.nonzero(answers >= 0)
+    names = tuple(str(n) for n in range(answers.shape[1]))
+    votes = Votes(row, source, answers[row, source], np.ones(len(row)), names, 12, 4)
+    expected = []
+    for given in answers.tolist():
+        mine = np.array([[one for one in given if one >= 0]])
+        expected.append(vote_entropy(mine)[0] if mine.size else 0.0)
+    assert label_entropy(votes) == pytest.approx(expected, abs=1e-12)
+
+
+def test_sources_that_are_silent_on_a_row_do_not_lower_its_score() -> None:
+    column = [[{"source": str(n + 2 * row), "label_id": n, "prob": 1.0} for n in (0, 1)]
+              for row in range(2000)]  # fmt: skip
+    rows = Dataset.from_dict({"id": [f"r{n}" for n in range(2000)]})
+    rows = with_columns(rows, {"votes": (column, VOTES)})
+    tracemalloc.start()
+    found = select_uncertain(rows, LABELS, budget=1, measure="votes")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["select_score"][:] == [1] * 2000
+    assert peak < 20e6  # 2000 rows x 4000 sources alone are 64 MB
+
+
+def test_ties_of_vote_entropy_do_not_depend_on_the_labels() -> None:
+    labels = load_labels(list("abcdef"))
+    for counts in ([1, 2, 3, 5], [2, 3, 6, 7], [1, 1, 3, 4, 9]):
+        given = [np.repeat(np.arange(6)[: len(counts)], np.roll(counts, by)) for by in range(3)]
+        column = [
+            [{"source": str(n), "label_id": label, "prob": 1.0} for n, label in enumerate(one)]
+            for one in given
+        ]
+        rows = with_columns(Dataset.from_dict({"id": list("xyz")}), {"votes": (column, VOTES)})
+        votes = read_votes(rows, labels)
+        assert len(set(label_entropy(votes).tolist())) == 1
 
 
 def test_order_of_rows_does_not_matter_and_a_budget_above_the_pool_is_refused() -> None:
