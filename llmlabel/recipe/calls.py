@@ -25,6 +25,7 @@ from pydantic_core import SchemaError
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _ELSEWHERE = ("package:", "wheel:")
 _RUNNERS = ("llmlabel.recipe.", "llmlabel.cli.")
+_LEFT_OUT = object()  # default of a parameter that only its function knows
 
 
 class RecipeError(ValueError):
@@ -253,7 +254,7 @@ def _call(scope: _Scope, where: str, mapping: dict[str, Any]) -> Call:
         path,
         function,
         arguments,
-        defaults={p.name: p.default for p in left_out},
+        defaults={p.name: p.default for p in left_out if p.default is not _LEFT_OUT},
         files=frozenset(files),
         returns=function if inspect.isclass(function) else signature.return_annotation,
         makes_output="output" in named and "output" not in given,
@@ -273,7 +274,17 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
             return annotation
 
     signature = inspect.signature(function)
-    parameters = [p.replace(annotation=read(p.annotation)) for p in signature.parameters.values()]
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        annotation = read(parameter.annotation)
+        if typing.get_origin(annotation) is typing.Unpack:  # **settings: Unpack[a TypedDict]
+            [settings] = typing.get_args(annotation)
+            parameters += [
+                inspect.Parameter(name, parameter.KEYWORD_ONLY, default=_LEFT_OUT, annotation=kind)
+                for name, kind in typing.get_type_hints(settings).items()
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=annotation))
     return inspect.Signature(parameters, return_annotation=read(signature.return_annotation))
 
 

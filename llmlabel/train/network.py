@@ -7,6 +7,7 @@ A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -79,17 +80,83 @@ def pool(
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def load_backbone(source: str, *, bidirectional: bool) -> Any:
-    """A base model in float32; `bidirectional` lets every token of a decoder see all others."""
+def padded(
+    tokens: Sequence[Sequence[int]],
+) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+    """Token ids with padding at the end, and a mask that is 1 where a token is."""
+    width = max(map(len, tokens))
+    ids = torch.zeros(len(tokens), width, dtype=torch.long)
+    mask = torch.zeros(len(tokens), width, dtype=torch.long)
+    for row, own in enumerate(tokens):
+        ids[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
+    return ids, mask
+
+
+def load_backbone(source: str, *, settings: dict[str, Any]) -> Any:
+    """A base model in float32, or in 4 bits, that sees later tokens where `bidirectional` says so."""
     from transformers import AutoModel
 
-    backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
+    given: dict[str, Any] = {"dtype": torch.float32}
+    if settings.get("load_in_4bit"):
+        given |= {"quantization_config": _four_bits(), "dtype": torch.bfloat16}
+    backbone = AutoModel.from_pretrained(source, **given)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # never used here, and DDP wants every trained weight to be used
-    if bidirectional:
-        backbone.config.is_causal = False
+    if settings["bidirectional"]:
+        see_later_tokens(backbone, first_layer=settings.get("bidirectional_from", 0))
     backbone.config.use_cache = False
     return backbone
+
+
+def see_later_tokens(backbone: Any, *, first_layer: int = 0) -> None:
+    """Takes the causal mask away (LS-unLLaMA), from one layer upward; padding stays unseen.
+
+    Differs from the reference code, where every token attends to padding too.
+
+    Raises:
+        ValueError: there is no such layer, or the layers cannot be told apart.
+    """
+    if first_layer == 0:
+        backbone.config.is_causal = False
+        return
+    from transformers.masking_utils import create_bidirectional_mask
+
+    layers = getattr(backbone, "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise ValueError(
+            f"bidirectional_from={first_layer}: the layers of {type(backbone).__name__} have no "
+            "masks of their own; leave it 0"
+        )
+    if not 0 <= first_layer < len(layers):
+        raise ValueError(f"bidirectional_from={first_layer}: the layers are 0 to {len(layers) - 1}")
+    now: dict[str, Any] = {}
+
+    def remember(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        now["mask"] = named.get("attention_mask")
+
+    def widen(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        mask = create_bidirectional_mask(
+            config=backbone.config, inputs_embeds=hidden, attention_mask=now["mask"]
+        )
+        return arguments, named | {"attention_mask": mask}
+
+    backbone.register_forward_pre_hook(remember, with_kwargs=True)
+    for layer in layers[first_layer:]:
+        layer.self_attn.is_causal = False  # what sdpa goes by where there is no mask
+        layer.register_forward_pre_hook(widen, with_kwargs=True)
+
+
+def _four_bits() -> Any:
+    """QLoRA: the backbone's weights in NF4."""
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit needs a GPU and the package bitsandbytes; leave it out here")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
 
 
 def new_network(
@@ -109,8 +176,11 @@ def new_network(
         task_type="FEATURE_EXTRACTION",
     )
     with models.loading(model):
-        backbone = load_backbone(source, bidirectional=settings["bidirectional"])
+        backbone = load_backbone(source, settings=settings)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    if settings["gradient_checkpointing"]:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.enable_input_require_grads()
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if limit is not None and settings["max_length"] > limit:
         raise ValueError(
@@ -142,7 +212,7 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
     with models.loading(folder):
         card = json.loads((folder / "model_card.json").read_text("utf-8"))
         source = models.fetch(card["model"])
-        backbone = load_backbone(source, bidirectional=card["settings"]["bidirectional"])
+        backbone = load_backbone(source, settings=card["settings"])
         adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
         head = load_file(folder / "head.safetensors")
         network = LabelSupervised(

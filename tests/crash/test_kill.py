@@ -74,7 +74,7 @@ def test_interrupt_keeps_committed_work(tmp_path: Path, tiny_decoder: Path) -> N
     recipe.write_text(RECIPE.split("llm:")[0].format(texts=texts, decoder=tiny_decoder, encoder=""))
     blocks = tmp_path / "runs" / "chain" / "raw" / "blocks"
     with started(recipe, tmp_path / "runs") as process:
-        for _ in range(600):
+        for _ in range(2000):
             if blocks.is_dir() and len(list(blocks.glob("*.parquet"))) >= 3:
                 break
             time.sleep(0.1)

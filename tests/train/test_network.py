@@ -30,7 +30,9 @@ def test_later_tokens_are_seen_only_without_the_causal_mask(
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     more: dict[str, Any] = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
     for bidirectional in (False, True):
-        backbone = load_backbone(str(tiny_decoder), bidirectional=bidirectional).eval()
+        backbone = load_backbone(
+            str(tiny_decoder), settings={"bidirectional": bidirectional}
+        ).eval()
         backbone.set_attn_implementation(implementation)
         with torch.inference_mode():
             hidden = backbone(ids, **more).last_hidden_state
@@ -45,6 +47,6 @@ def test_later_tokens_are_seen_only_without_the_causal_mask(
 
 
 def test_a_pooler_that_is_never_used_is_dropped(tiny_encoder: Path) -> None:
-    backbone = load_backbone(str(tiny_encoder), bidirectional=False)
+    backbone = load_backbone(str(tiny_encoder), settings={"bidirectional": False})
     assert backbone.pooler is None
     assert backbone(torch.tensor([[5, 6]])).last_hidden_state.shape == (1, 2, 32)

@@ -1,0 +1,137 @@
+"""How models are trained: the settings of every trainer, their defaults, and what follows from them."""
+
+import math
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+
+from llmlabel import models
+
+Schedule = Literal["linear", "cosine", "constant"]
+NumberFormat = Literal["auto", "float32", "bfloat16"]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
+
+NO_RESULT = ("report_to", "logging_steps", "save_steps")
+"""Settings that change nothing in the result."""
+
+
+class Training(TypedDict, total=False):
+    """How a model is trained, under the names of `transformers.TrainingArguments`."""
+
+    num_train_epochs: int
+    """Passes over the rows."""
+    max_steps: int
+    """Updates at most, -1 for no limit; the learning rate falls to 0 until the last one."""
+    learning_rate: float
+    """Of the adapters or the prompt."""
+    head_learning_rate: float | None
+    """Of the head; five times `learning_rate` where it is null."""
+    lr_scheduler_type: Schedule
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float
+    """Share of the updates in which the learning rate rises."""
+    weight_decay: float
+    """Of AdamW."""
+    max_grad_norm: float | None
+    """Longer gradients are cut to this length; null cuts none."""
+    per_device_train_batch_size: int
+    """Rows that a process adds to an update before it accumulates."""
+    gradient_accumulation_steps: int
+    """How often it does."""
+    pass_tokens: int
+    """Padded tokens computed at a time, unless a single row has more; saves memory only."""
+    max_length: int
+    """Tokens per text; longer ones are cut."""
+    dtype: NumberFormat
+    """Number format of the computation; the weights that are trained stay float32."""
+    gradient_checkpointing: bool
+    """Computes the backbone twice and keeps less of it in memory."""
+    early_stopping_patience: int | None
+    """Epochs without a better validation loss until the training stops; null never stops it."""
+    save_steps: int | None
+    """Updates between two checkpoints; about a minute's where it is null."""
+    logging_steps: int
+    """Updates between two lines of the tracker."""
+    report_to: Tracker
+    """Who keeps the curve of the loss; `tensorboard` writes into `logs` in the model's folder."""
+    seed: int
+    """Of row order, initial weights and dropout."""
+
+
+_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "max_steps": -1,
+    "learning_rate": 1e-4,
+    "head_learning_rate": None,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.01,
+    "max_grad_norm": None,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "pass_tokens": 16_384,
+    "max_length": 256,
+    "dtype": "auto",
+    "gradient_checkpointing": False,
+    "early_stopping_patience": None,
+    "save_steps": None,
+    "logging_steps": 10,
+    "report_to": "none",
+    "seed": 0,
+}
+
+
+def settle(training: Training, **defaults: Any) -> dict[str, Any]:
+    """All settings, checked; `defaults` are a trainer's own.
+
+    Raises:
+        ValueError: a name that is none, or a value with which nothing can be trained.
+    """
+    if unknown := [name for name in training if name not in _DEFAULTS]:
+        raise ValueError(f"there is no setting {unknown[0]!r}; there are {', '.join(_DEFAULTS)}")
+    settings: dict[str, Any] = {**_DEFAULTS, **defaults, **training}
+    if settings["head_learning_rate"] is None:
+        settings["head_learning_rate"] = 5 * settings["learning_rate"]
+    for name in (
+        *("num_train_epochs", "learning_rate", "head_learning_rate", "max_length", "logging_steps"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "pass_tokens"),
+        *("max_grad_norm", "early_stopping_patience", "save_steps"),
+    ):
+        if settings[name] is not None and not 0 < settings[name] < float("inf"):
+            raise ValueError(f"{name} must be above 0; got {settings[name]}")
+    for name in ("weight_decay", "warmup_ratio"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must be between 0 and 1; got {settings[name]}")
+    for name, kind in (
+        ("lr_scheduler_type", Schedule),
+        ("dtype", NumberFormat),
+        ("report_to", Tracker),
+    ):
+        if settings[name] not in get_args(kind):
+            raise ValueError(
+                f"{name} is one of {', '.join(get_args(kind))}; got {settings[name]!r}"
+            )
+    if settings["max_steps"] == 0 or settings["max_steps"] < -1:
+        raise ValueError(f"max_steps must be above 0, or -1; got {settings['max_steps']}")
+    return settings
+
+
+def learning_rate_factor(update: int, steps: int, settings: dict[str, Any]) -> float:
+    """Of update 0 ... steps - 1: rises linearly to 1 and falls as `lr_scheduler_type` says."""
+    rise = max(1, round(settings["warmup_ratio"] * steps))
+    if update + 1 <= rise:
+        return (update + 1) / rise
+    left = (steps - update) / max(1, steps - rise)
+    return {
+        "linear": left,
+        "cosine": (1 - math.cos(math.pi * left)) / 2,
+        "constant": 1.0,
+    }[settings["lr_scheduler_type"]]
+
+
+def number_format(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is never float16, whose gradients vanish without a loss scale."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    best = models.best_dtype(device)
+    return best if best == torch.bfloat16 else torch.float32

@@ -1,0 +1,244 @@
+"""What all trainers of students share: rows, validation, the training of a network, its folder."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
+
+from llmlabel import metrics, models
+from llmlabel.data import gold_matrix, plain_words, require_columns
+from llmlabel.labelspace import LabelSpace
+from llmlabel.select import row_weights
+from llmlabel.softlabels import SoftLabels
+from llmlabel.train import checkpoint
+from llmlabel.train.loop import Memory, Objective, fit
+from llmlabel.train.network import check_output, new_network, padded, save_network
+
+Losses = Callable[[Tensor, list[int]], Float[Tensor, " some"]]
+"""Logits (rows, labels) and the numbers of their rows -> the loss of each row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What is trained on."""
+
+    ids: list[str]
+    texts: list[str]
+    targets: Float[np.ndarray, "rows labels"]
+    weights: Float[np.ndarray, " rows"]
+    given: int
+    """Rows before some were left out."""
+    kept: list[int]
+    """Where the others stood."""
+
+
+def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
+    """The rows that have a text, a soft label and a weight above 0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    require_columns(dataset, "text", "label_ids", "label_probs")
+    probs = SoftLabels.from_dataset(dataset, labels).dense()
+    texts = [text or "" for text in dataset["text"]]
+    weights = row_weights(dataset)
+    has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
+    kept = np.flatnonzero((weights > 0) & (probs.sum(axis=1) > 0) & has_text)
+    if not kept.size:
+        raise ValueError(
+            f"none of the {len(texts)} rows has a text, a soft label and a weight above 0"
+        )
+    targets = probs[kept]
+    if not labels.multilabel:
+        targets = targets / targets.sum(axis=1, keepdims=True)
+    numbers = range(len(dataset))
+    ids = dataset["id"][:] if "id" in dataset.column_names else [str(n) for n in numbers]
+    return Rows(
+        [str(ids[i]) for i in kept],
+        [texts[i] for i in kept],
+        targets,
+        weights[kept],
+        len(texts),
+        kept.tolist(),
+    )
+
+
+def train_student(  # noqa: PLR0913 - what is trained, by what, and how
+    rows: Rows,
+    labels: LabelSpace,
+    losses: Losses,
+    settings: dict[str, Any],
+    *,
+    model: str | Path,
+    output: Path,
+    validation: Dataset | None = None,
+    memory: Memory | None = None,
+    told: dict[str, Any] | None = None,
+) -> Path:
+    """Trains a network with any loss and writes its folder; what all trainers of students share.
+
+    Args:
+        rows: see `training_rows`.
+        labels: the label space.
+        losses: of rows.
+        settings: see `train_classifier`.
+        model: see there, as for the next two.
+        output: see there.
+        validation: see there.
+        memory: what the losses remember of each row.
+        told: more for the model card; the loss must be told, since a checkpoint is only continued
+            with the same.
+    """
+    check_output(output)
+    seen = None if validation is None else _validation(validation, labels, rows)
+    with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
+        torch.manual_seed(settings["seed"])
+        network, tokenizer = new_network(str(model), labels, settings)
+        limit = settings["max_length"]
+        tokens = [
+            tokenizer(text, truncation=True, max_length=limit).input_ids for text in rows.texts
+        ]
+        adapters = [p for p in network.backbone.parameters() if p.requires_grad]
+        groups = [
+            {"params": adapters, "lr": settings["learning_rate"]},
+            {"params": list(network.score.parameters()), "lr": settings["head_learning_rate"]},
+        ]
+        objective = Objective(
+            network,
+            groups,
+            rows.ids,
+            [len(ids) for ids in tokens],
+            rows.weights,
+            lambda chosen: padded([tokens[row] for row in chosen]),
+            losses,
+            memory,
+        )
+        if seen is not None:
+            objective.validate = _validator(seen, tokenizer, labels, settings)
+        key = [models.model_sha(models.fetch(str(model))), labels.fingerprint, rows_sha(rows), told]
+        done = fit(objective, settings, name="train_classifier", key=str(key), output=output)
+    if done.is_main:
+        card = {
+            "model": str(model),
+            "labels": labels.fingerprint,
+            "rows": {"given": rows.given, "trained": len(tokens)},
+            "labels_without_rows": [labels.ids[label] for label in _without_rows(rows, labels)],
+            "loss": done.losses,
+            "processes": done.processes,
+            "settings": settings,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            **(told or {}),
+        }
+        if seen is not None:
+            card["validation"] = {
+                "rows": len(seen.texts),
+                "repeat_training_rows": seen.overlap,
+                "epochs": done.validation,
+                "best_epoch": done.best_epoch,
+            }
+        save_network(network, str(model), labels, card, output)
+        checkpoint.remove(output)
+    return output
+
+
+def rows_sha(rows: Rows) -> str:
+    """Stands for what is trained on."""
+    digest = hashlib.sha256()
+    for part in (*rows.ids, *rows.texts):
+        digest.update(f"{len(part)}:{part}".encode(errors="surrogatepass"))
+    digest.update(rows.targets.tobytes())
+    digest.update(rows.weights.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _without_rows(rows: Rows, labels: LabelSpace) -> list[int]:
+    """Labels that are no row's: of them nothing can be learned but that they are rare."""
+    if labels.multilabel:
+        found: list[int] = np.flatnonzero(rows.targets.max(axis=0) < 0.5).tolist()
+        return found
+    counts = np.bincount(rows.targets.argmax(axis=1), minlength=len(labels))
+    return np.flatnonzero(counts == 0).tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class _Validation:
+    texts: list[str]
+    targets: Float[np.ndarray, "rows labels"]
+    overlap: int
+
+
+def _validation(dataset: Dataset, labels: LabelSpace, rows: Rows) -> _Validation:
+    """Rows with gold, or with soft labels where there is no gold."""
+    require_columns(dataset, "text")
+    if "gold" in dataset.column_names:
+        known = dataset.filter(lambda gold: gold is not None, input_columns="gold")
+        targets = gold_matrix(known, labels).astype(np.float64)
+    else:
+        known = dataset
+        targets = SoftLabels.from_dataset(known, labels).dense()
+    texts = [text or "" for text in known["text"]]
+    some = labels.multilabel | (targets.sum(axis=1) > 0)
+    kept = [i for i, text in enumerate(texts) if text.strip() and some[i]]
+    if not kept:
+        raise ValueError(f"none of the {len(dataset)} validation rows has a text and a label")
+    mine, words = set(rows.ids), {plain_words(text) for text in rows.texts}
+    ids = known["id"][:] if "id" in known.column_names else [None] * len(known)
+    overlap = sum(ids[i] in mine or plain_words(texts[i]) in words for i in kept)
+    if overlap:
+        warnings.warn(
+            f"{overlap} of {len(kept)} validation rows repeat a training row by their id or words, so "
+            "that their loss says too little; take them out of one of both",
+            stacklevel=4,
+        )
+    targets = targets[kept]
+    if not labels.multilabel:
+        targets = targets / targets.sum(axis=1, keepdims=True)
+    return _Validation([texts[i] for i in kept], targets, overlap)
+
+
+def _validator(
+    seen: _Validation, tokenizer: Any, labels: LabelSpace, settings: dict[str, Any]
+) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """Mean loss and accuracy, or micro-F1, of the validation rows."""
+    limit = settings["max_length"]
+    tokens = [tokenizer(text, truncation=True, max_length=limit).input_ids for text in seen.texts]
+
+    def validate(network: torch.nn.Module) -> dict[str, float]:
+        probs = probabilities(network, tokens, labels, settings["pass_tokens"])
+        sure = np.clip(probs, 1e-12, 1.0)
+        values = seen.targets * np.log(sure)
+        if not labels.multilabel:
+            right = metrics.correct(probs, seen.targets.argmax(axis=1))
+            return {"loss": -float(values.sum(axis=1).mean()), "accuracy": float(right.mean())}
+        values += (1 - seen.targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
+        f1 = metrics.micro_f1(probs >= 0.5, seen.targets >= 0.5)
+        return {"loss": -float(values.sum(axis=1).mean()), "micro_f1": f1}
+
+    return validate
+
+
+@torch.inference_mode()
+def probabilities(
+    network: torch.nn.Module, tokens: list[list[int]], labels: LabelSpace, pass_tokens: int
+) -> Float[np.ndarray, "rows labels"]:
+    """Of every label; computed in float32 and in passes of at most so many padded tokens."""
+    probs = np.zeros((len(tokens), len(labels)))
+    device = next(network.parameters()).device
+    order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
+    while order:
+        count = max(1, pass_tokens // len(tokens[order[0]]))
+        chosen, order = order[:count], order[count:]
+        inputs = [part.to(device) for part in padded([tokens[i] for i in chosen])]
+        logits = network(*inputs).double()
+        values = logits.sigmoid() if labels.multilabel else logits.softmax(dim=1)
+        probs[chosen] = values.cpu().numpy()
+    return probs
