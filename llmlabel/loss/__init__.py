@@ -1,1 +1,1 @@
-"""Losses as pure functions of tensors."""
+"""Losses as functions of tensors, in float32, and the state that some keep beside the weights."""

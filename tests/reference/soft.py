@@ -50,3 +50,57 @@ def binary_cross_entropy_gradient(logits, targets):
 
 def weighted_mean(values, weights, total):
     return sum(v * w for v, w in zip(values, weights, strict=True)) / (total or sum(weights))
+
+
+def shares(targets):
+    mass = sum(targets)
+    return mass, [t / mass if mass else 0.0 for t in targets]
+
+
+def reverse_kl_divergence(logits, targets, floor=1e-8):
+    mass, known = shares(targets)
+    pairs = zip(known, log_softmax(logits), strict=True)
+    return mass * sum(math.exp(lq) * (lq - math.log(max(t, floor))) for t, lq in pairs)
+
+
+def jensen_shannon_divergence(logits, targets):
+    mass, known = shares(targets)
+    total = 0.0
+    for t, q in zip(known, softmax(logits), strict=True):
+        middle = (t + q) / 2
+        total += (t * math.log(t / middle) if t else 0) + (q * math.log(q / middle) if q else 0)
+    return mass * total / 2
+
+
+def symmetric_kl_divergence(logits, targets):
+    mass, known = shares(targets)
+    return (mass * kl_divergence(logits, known) + reverse_kl_divergence(logits, targets)) / 2
+
+
+def temper(probs, temperature):
+    powers = [p ** (1 / temperature) for p in probs]
+    return [sum(probs) * power / sum(powers) if power else 0.0 for power in powers]
+
+
+def distillation_loss(logits, targets, teacher, alpha, temperature, divergence):
+    cool = [z / temperature for z in logits]
+    taught = divergence(cool, temper(teacher, temperature))
+    return (1 - alpha) * soft_cross_entropy(logits, targets) + alpha * temperature**2 * taught
+
+
+def weighted_binary_cross_entropy(logits, targets, pos_weight):
+    total = 0.0
+    for z, t, w in zip(logits, targets, pos_weight, strict=True):
+        total -= w * t * log_sigmoid(z) + (1 - t) * log_sigmoid(-z)
+    return total
+
+
+def slope(function, logits, step=1e-5):
+    """Its gradient by central differences."""
+    found = []
+    for k in range(len(logits)):
+        up, down = list(logits), list(logits)
+        up[k] += step
+        down[k] -= step
+        found.append((function(up) - function(down)) / (2 * step))
+    return found

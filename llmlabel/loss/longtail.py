@@ -1,0 +1,299 @@
+"""Losses of many labels, few of them frequent and not all of them given.
+
+Zhang et al., "Learning in Imperfect Environment: Multi-Label Classification with Long-Tailed
+Distribution and Partial Labels" (COMIC, arXiv 2304.10539): correct missing labels
+(`LabelCorrector`), weigh by frequency and sign (`multi_focal_loss`), balance a head and a tail
+classifier (`HeadTailBalancer`, `balance_loss`). The public code leaves the balance out and adds
+co-occurrence factors; this is the paper's.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid, normalize
+
+from llmlabel.loss.robust import sum_over_processes
+from llmlabel.loss.soft import upcast
+
+Gamma = float | Float[Tensor, " labels"]
+
+
+def asymmetric_loss(
+    logits: Float[Tensor, "rows labels"],
+    targets: Float[Tensor, "rows labels"],
+    *,
+    gamma_pos: Gamma = 0.0,
+    gamma_neg: Gamma = 4.0,
+    clip: float = 0.05,
+) -> Float[Tensor, " rows"]:
+    """-sum_k t_k (1 - p_k)^g+ log p_k + (1 - t_k) r_k^g- log(1 - r_k), r_k = max(p_k - clip, 0).
+
+    Ridnik et al., "Asymmetric Loss For Multi-Label Classification" (arXiv 2009.14119), section 2,
+    with p the logistic function of the logits. The binary cross-entropy at g+ = g- = clip = 0.
+
+    Differs from the paper: its code holds the focusing factors constant in the backward pass; here
+    the gradient is that of the formula.
+
+    Args:
+        logits: of the labels, finite.
+        targets: one event a label.
+        gamma_pos: g+, one number or one a label.
+        gamma_neg: g-, one number or one a label.
+        clip: a negative below this probability adds nothing.
+    """
+    logits = upcast(logits)
+    return _focal(
+        logsigmoid(logits), logsigmoid(-logits), upcast(targets), (gamma_pos, gamma_neg), clip
+    )
+
+
+def head_tail_factors(
+    counts: Float[Tensor, " labels"], *, power: float = 1 / 3
+) -> Float[Tensor, " labels"]:
+    """(1 - ln(count / max count))^power: 1 for the most frequent label, more for rarer ones.
+
+    The factor of COMIC's code, which has 1/3 for its modifier and 1/6 for its corrector. `counts`
+    may be those of corrected labels, as they change while training.
+
+    Differs from the code: a label never given counts as given once, where it was infinite.
+    """
+    counts = upcast(counts).clamp(min=1)
+    return (1 - (counts / counts.amax()).log()) ** power
+
+
+def multi_focal_loss(
+    logits: Float[Tensor, "rows labels"],
+    targets: Float[Tensor, "rows labels"],
+    head_tail: Float[Tensor, " labels"],
+    *,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 3.0,
+    head_tail_pos: float = 0.0,
+    head_tail_neg: float = 1.0,
+    clip: float = 0.05,
+) -> Float[Tensor, " rows"]:
+    """`asymmetric_loss` whose exponents grow for rare labels: COMIC's multi-focal modifier.
+
+    g+ = `gamma_pos` + `head_tail_pos` h and g- = `gamma_neg` + `head_tail_neg` h, h = `head_tail`.
+    The paper wants `gamma_neg` >= `gamma_pos`. Defaults are those of its code.
+
+    Differs from the paper: the shift `clip` of the asymmetric loss, as its code has; 0 is the
+    paper.
+    Differs from the code: no weight and no co-occurrence factor on the loss.
+    """
+    return asymmetric_loss(
+        logits,
+        targets,
+        gamma_pos=gamma_pos + head_tail_pos * head_tail,
+        gamma_neg=gamma_neg + head_tail_neg * head_tail,
+        clip=clip,
+    )
+
+
+class LabelCorrector(torch.nn.Module):
+    """Recovers labels that nobody gave: COMIC's reflective label corrector.
+
+    A label c not given is added where p_c > max(tau, P_c), P_c the running mean of p_c over all
+    rows up to the last `synchronize`, which is to be called after every update: so micro-batches
+    and processes do not change the result. The paper starts in the second epoch.
+
+    COMIC multiplies the loss on corrected targets by rows / positives of the batch: give
+    `weighted_mean` the corrected positives per row as `total`.
+
+    Args:
+        labels: number of labels.
+        tau: lowest probability of a label that is added; 0.7 was the paper's best.
+    """
+
+    sums: Tensor
+    rows: Tensor
+    _sums: Tensor
+    _rows: Tensor
+
+    def __init__(self, labels: int, *, tau: float = 0.7) -> None:
+        super().__init__()
+        if not 0 < tau < 1:
+            raise ValueError(f"tau must lie strictly between 0 and 1; got {tau}")
+        self.tau = tau
+        for name, persistent in (("sums", True), ("_sums", False)):
+            self.register_buffer(name, torch.zeros(labels), persistent=persistent)
+        for name, persistent in (("rows", True), ("_rows", False)):
+            self.register_buffer(name, torch.zeros(()), persistent=persistent)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        logits: Float[Tensor, "rows labels"],
+        targets: Float[Tensor, "rows labels"],
+        *,
+        real: Bool[Tensor, " rows"] | None = None,
+    ) -> tuple[Float[Tensor, "rows labels"], Bool[Tensor, "rows labels"]]:
+        """The targets with what was added, and what was added, for a record of it.
+
+        Args:
+            logits: of the rows.
+            targets: the labels given; 0 is a label not given.
+            real: False for a row that only fills a batch and says nothing about P_c.
+        """
+        probs = upcast(logits).sigmoid()
+        counted = torch.ones(len(probs), dtype=torch.bool) if real is None else real
+        weights = counted.to(self.sums)
+        self._sums += (weights[:, None] * probs.to(self.sums)).sum(dim=0)
+        self._rows += weights.sum()
+        mean = (self.sums / self.rows.clamp(min=1)).to(probs)
+        added = (probs > mean.clamp(min=self.tau)) & (targets == 0)
+        return torch.where(added, 1.0, targets), added
+
+    def synchronize(self) -> None:
+        """Takes the rows of all processes since the last call into the running means."""
+        self.sums += sum_over_processes(self._sums)
+        self.rows += sum_over_processes(self._rows)
+        self._sums.zero_()
+        self._rows.zero_()
+
+
+class HeadTail(NamedTuple):
+    """Logits (rows, labels) of the three classifiers; `balanced` is the one to predict with."""
+
+    head: Tensor
+    tail: Tensor
+    balanced: Tensor
+
+
+class HeadTailBalancer(torch.nn.Module):
+    """Three classifiers on one feature vector: COMIC's head-tail balancer.
+
+    The moving vector e <- mu e + g sums the gradients g of the features, which frequent labels
+    dominate. The head classifier reads features less their projection on e, the tail classifier
+    features plus `alpha` times it; the balanced one reads features with an additive attention over
+    the other two. Each is a cosine classifier, (rho / groups) sum_g w_g f_g / ((|w_g| + eta)
+    |f_g|). Call `synchronize` after every update; it moves e.
+
+    Differs from the paper: one backbone with three linear layers that start as the identity, not
+    three backbones. Constants are those of the public code, which averages features where the paper
+    says gradients.
+
+    Args:
+        width: of the features.
+        labels: number of labels.
+        groups: parts of the features that are normalised each by itself; divides `width`.
+        rho: scale of the cosines.
+        eta: keeps small weights small.
+        alpha: what the tail classifier adds.
+        mu: share of the past in e.
+    """
+
+    moving: Tensor
+    _gradient: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        labels: int,
+        *,
+        groups: int = 1,
+        rho: float = 16.0,
+        eta: float = 1 / 32,
+        alpha: float = 2.0,
+        mu: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or width % groups:
+            raise ValueError(f"groups must divide the width {width} of the features; got {groups}")
+        self.groups, self.rho, self.eta, self.alpha, self.mu = groups, rho, eta, alpha, mu
+        eye = torch.eye(width)
+        self.project = torch.nn.Parameter(eye.repeat(3, 1, 1))
+        self.classify = torch.nn.Parameter(torch.zeros(3, labels, width))
+        self.query, self.key = torch.nn.Parameter(eye.clone()), torch.nn.Parameter(eye.clone())
+        self.attend = torch.nn.Parameter(torch.zeros(width))
+        self.register_buffer("moving", torch.zeros(width))
+        self.register_buffer("_gradient", torch.zeros(width), persistent=False)
+
+    def forward(self, features: Float[Tensor, "rows width"]) -> HeadTail:
+        """Logits; in training mode, the backward pass adds the gradient of the features to e."""
+        features = upcast(features)
+        if self.training and torch.is_grad_enabled():
+            if not features.requires_grad:  # frozen features have gradients too, for e
+                features = features.detach().requires_grad_()
+            cast(Any, features).register_hook(self._remember)
+        with torch.autocast(features.device.type, enabled=False):  # float32, as the features are
+            head, tail, balanced = (features @ weight.mT for weight in self.project)
+            others = torch.stack([head, tail], dim=1)
+            mixed = torch.tanh((balanced @ self.query.mT)[:, None] + others @ self.key.mT)
+            share = (mixed @ self.attend).softmax(dim=1)
+            balanced = balanced + (share[:, :, None] * others).sum(dim=1)
+            return HeadTail(
+                self._cosines(head, self.classify[0], -1.0),
+                self._cosines(tail, self.classify[1], self.alpha),
+                self._cosines(balanced, self.classify[2], 0.0),
+            )
+
+    def synchronize(self) -> None:
+        """Moves e by the gradients of all processes since the last call."""
+        self.moving.mul_(self.mu).add_(sum_over_processes(self._gradient))
+        self._gradient.zero_()
+
+    def _remember(self, gradient: Tensor) -> None:
+        self._gradient += gradient.detach().sum(dim=0)
+
+    def _cosines(self, features: Tensor, weights: Tensor, amount: float) -> Tensor:
+        parts = (self.groups, features.shape[1] // self.groups)
+        unit = normalize(features.reshape(len(features), *parts), dim=2)
+        direction = normalize(self.moving.reshape(parts), dim=1)
+        along = (unit * direction).sum(dim=2, keepdim=True) * direction
+        heads = weights.reshape(len(weights), *parts)
+        heads = heads / (torch.linalg.vector_norm(heads, dim=2, keepdim=True) + self.eta)
+        return self.rho / self.groups * (unit + amount * along).flatten(1) @ heads.flatten(1).mT
+
+
+def balance_loss(
+    outputs: HeadTail,
+    targets: Float[Tensor, "rows labels"],
+    *,
+    gamma_pos: Gamma = 0.0,
+    gamma_neg: Gamma = 3.0,
+    clip: float = 0.05,
+    power: float = 2.0,
+) -> Float[Tensor, " rows"]:
+    """kappa_h L(p_h p_b) + kappa_t L(p_t p_b): the balanced classifier learns from the other two.
+
+    L is the asymmetric loss of a probability, and kappa is proportional to L(p_h)^power and
+    L(p_t)^power and sums to 1; the one with the larger loss weighs more. No gradient reaches the
+    head and tail classifiers, which have losses of their own.
+
+    Differs from the paper: kappa is of a row, not of a batch, so that rows do not depend on each
+    other; p is the logistic function of the logits, as labels are events of their own.
+    """
+    targets, gammas = upcast(targets), (gamma_pos, gamma_neg)
+    balanced = upcast(outputs.balanced)
+    taught, sizes = [], []
+    for logits in (outputs.head, outputs.tail):
+        other = upcast(logits).detach()
+        yes, no = logsigmoid(other), logsigmoid(-other)
+        sizes.append(_focal(yes, no, targets, gammas, clip) ** power)
+        both = yes + logsigmoid(balanced)
+        not_both = torch.logaddexp(logsigmoid(-balanced), logsigmoid(balanced) + no)
+        taught.append(_focal(both, not_both, targets, gammas, clip))
+    total = sizes[0] + sizes[1]
+    kappa = torch.where(total > 0, sizes[0] / torch.where(total > 0, total, 1), 0.5)
+    return kappa * taught[0] + (1 - kappa) * taught[1]
+
+
+def _focal(
+    log_p: Tensor, log_not: Tensor, targets: Tensor, gammas: tuple[Gamma, Gamma], clip: float
+) -> Tensor:
+    """The asymmetric loss of probabilities given as log p and log(1 - p)."""
+    gamma_pos, gamma_neg = (
+        torch.as_tensor(g, dtype=log_p.dtype, device=log_p.device) for g in gammas
+    )
+    positive = (gamma_pos * log_not).exp() * log_p
+    if clip:
+        counts = log_p.exp() > clip
+        shifted = torch.where(counts, log_p.exp() - clip, 1.0)
+        negative = (gamma_neg * shifted.log()).exp() * (log_not.exp() + clip).log()
+        negative = torch.where(counts, negative, 0.0)
+    else:
+        negative = (gamma_neg * log_p).exp() * log_not
+    return -(targets * positive + (1 - targets) * negative).sum(dim=1)
