@@ -216,24 +216,26 @@ def measure_annotators(
             gold[votes.row] >= 0, gold[votes.row] == votes.label, np.nan
         ).astype(np.float64),
     }
-    counts = votes.counts()
-    same, others = counts[votes.row, votes.label] - 1, counts.sum(axis=1)[votes.row] - 1
+    alike, counts = _counts(votes)
+    same, others = alike - 1, counts.sum(axis=1)[votes.row] - 1
     only, voted = votes.only_label(), int(votes.voted.sum())
+    order = np.argsort(votes.source, kind="stable")
+    ends = np.cumsum(np.bincount(votes.source, minlength=len(votes.names)))
+    confusions = _confusions(belief, votes, labels)
     found = []
-    for number, name in enumerate(votes.names):
-        of = votes.source == number
+    for number, (name, of) in enumerate(zip(votes.names, np.split(order, ends)[:-1], strict=True)):
         shares = {key: values[of] for key, values in judged.items()}
         known = shares["accuracy_gold"][~np.isnan(shares["accuracy_gold"])]
         found.append(
             Annotator(
                 source=name,
-                votes=int(of.sum()),
-                abstentions=voted - int(of.sum()),
+                votes=len(of),
+                abstentions=voted - len(of),
                 only_label=labels.ids[only[number]] if only[number] >= 0 else None,
                 agreement=float(same[of].sum() / others[of].sum()) if others[of].any() else None,
-                accuracy=float(shares["accuracy"].mean()) if of.any() else 0.0,
+                accuracy=float(shares["accuracy"].mean()) if len(of) else 0.0,
                 accuracy_gold=float(known.mean()) if len(known) else None,
-                confusion=_confusion(belief[votes.row[of]], votes.label[of], labels),
+                confusion=confusions[number],
             )
         )
     identical = votes.identical()
@@ -243,27 +245,46 @@ def measure_annotators(
     )
 
 
-def _confusion(
-    belief: csr_array, said: Int[np.ndarray, " votes"], labels: LabelSpace
-) -> dict[str, dict[str, float]]:
-    answers = csr_array((np.ones(len(said)), (np.arange(len(said)), said)), belief.shape)
-    joint = (belief.T @ answers).tocoo()
-    total = np.asarray(belief.sum(axis=0)).ravel()
-    table: dict[str, dict[str, float]] = {}
-    for true, said_label, mass in zip(*joint.coords, joint.data, strict=True):
-        if (share := mass / max(total[true], 1e-300)) >= 0.001:
-            table.setdefault(labels.ids[true], {})[labels.ids[said_label]] = float(share)
-    return table
+def _confusions(
+    belief: csr_array, votes: Votes, labels: LabelSpace
+) -> list[dict[str, dict[str, float]]]:
+    """The belief in each label, summed over each source's votes for each label."""
+    given = votes.source.astype(np.int64) * votes.labels + votes.label
+    cells, place = np.unique(given, return_inverse=True)
+    joint = (_indicator(place, len(cells)).T @ belief[votes.row]).tocoo()
+    total = _indicator(votes.source, len(votes.names)).T @ belief[votes.row]
+    source, said = np.divmod(cells[joint.row], votes.labels)
+    share = joint.data / np.maximum(np.asarray(total[source, joint.col]).ravel(), 1e-300)
+    tables: list[dict[str, dict[str, float]]] = [{} for _ in votes.names]
+    for at in np.lexsort((said, joint.col, source)):
+        if share[at] >= 0.001:
+            true = tables[source[at]].setdefault(labels.ids[joint.col[at]], {})
+            true[labels.ids[said[at]]] = float(share[at])
+    return tables
 
 
-def _krippendorff(counts: _Rows) -> float | None:
+def _indicator(place: Int[np.ndarray, " votes"], places: int) -> csr_array:
+    votes = len(place)
+    return csr_array((np.ones(votes), (np.arange(votes), place)), shape=(votes, places))
+
+
+def _counts(votes: Votes) -> tuple[Int[np.ndarray, " votes"], csr_array]:
+    """Votes that say the same of the same row, itself included; votes for each label of each row."""
+    cell = votes.row.astype(np.int64) * votes.labels + votes.label
+    found, place, times = np.unique(cell, return_inverse=True, return_counts=True)
+    at = np.divmod(found, votes.labels)
+    counts = csr_array((times.astype(np.float64), at), shape=(votes.rows, votes.labels))
+    return times[place], counts
+
+
+def _krippendorff(counts: csr_array) -> float | None:
     size = counts.sum(axis=1)
     counts, size = counts[size > 1], size[size > 1]
     total = counts.sum(axis=0)
     expected = (total.sum() ** 2 - (total**2).sum()) / max(total.sum() - 1, 1)
     if expected == 0:
         return None
-    observed = ((size**2 - (counts**2).sum(axis=1)) / (size - 1)).sum()
+    observed = ((size**2 - counts.power(2).sum(axis=1)) / (size - 1)).sum()
     return float(1 - observed / expected)
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from llmlabel import select
 from llmlabel.calibrate.conformal import Conformal
-from llmlabel.files import commit
+from llmlabel.files import arrow_table, commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
 from llmlabel.report.measure import values_of
 from llmlabel.report.taxonomy import costs, hierarchy, rounds
+from llmlabel.report.voters import who_voted
 from llmlabel.taxonomy.induce import Taxonomy
 
 LOW_MARGIN = 0.2
@@ -89,7 +91,12 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         "summary": {},
         "sources": {name: measure.measure(run, name) for name in run.tables},
         "coverage": measure.coverage(run),
-        "confusion": measure.confusion(run),
+        "confusion": measure.confusion(run, student),
+        "confusions": {
+            name: measure.confusion(run, name)
+            for name in run.tables
+            if name != student and run.single_gold
+        },
         **measure.curves(run),
         "label_bias": measure.label_bias(run),
         "errors": {name: _errors(table) for name, table in run.tables.items()},
@@ -102,6 +109,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         for name, part in (
             ("hierarchy", hierarchy(run)),
             ("costs", costs(run, report["sources"])),
+            ("voters", who_voted(run)),
             ("taxonomy", rounds(taxonomy)),
         )
         if part is not None
@@ -273,7 +281,10 @@ def _origin(run: measure.Run, name: str) -> dict[str, Any]:
     table = run.tables[name]
     weights = [value for value in values_of(table, "weight") if value is not None]
     masses = [value for value in values_of(table, "label_mass") if value is not None]
-    votes = {vote["source"] for row in values_of(table, "votes") for vote in row or []}
+    votes: list[str | None] = []
+    if "votes" in table.column_names:  # as Arrow, for there may be millions
+        lists = arrow_table(table.select_columns(["votes"]))["votes"].combine_chunks()
+        votes = pc.struct_field(lists.flatten(), "source").unique().to_pylist()
     return {
         "rows": len(table),
         "rows_without_label": int((np.diff(run.soft[name].probs.indptr) == 0).sum()),

@@ -306,13 +306,29 @@ def _covered(
     }
 
 
-def confusion(run: Run) -> dict[str, Any] | None:
-    """Counts of the student's answers (columns) by true label (rows), unlabelled ones included."""
+def answers(run: Run, name: str) -> Int[np.ndarray, " rows"]:
+    """The label that a source gives each row of a single-label space; -1 where it gives none."""
+    if name in run.said:
+        return run.said[name]
+    first = run.soft[name].top(1).probs
+    said = np.full(first.shape[0], -1)
+    said[np.diff(first.indptr) > 0] = first.indices
+    return said
+
+
+def confusion(run: Run, name: str) -> dict[str, Any] | None:
+    """Counts of a source's answers (columns) by true label (rows), unlabelled ones included."""
     if not run.single_gold:
         return None
-    said = run.lines_of(metrics.predicted(_answer_probs(run, run.student)))
+    return confused(run, metrics.predicted(_answer_probs(run, name)), run.gold)
+
+
+def confused(
+    run: Run, said: Int[np.ndarray, " rows"], true: Int[np.ndarray, " rows"]
+) -> dict[str, Any]:
+    """Counts of answers (columns) by true label (rows), by line; -1 is no label."""
     lines = [*run.lines, NO_LABEL]
-    counts = metrics.confusion(said, run.lines_of(run.gold), len(lines))
+    counts = metrics.confusion(run.lines_of(said), run.lines_of(true), len(lines))
     rows, columns = (len(lines) - (not counts[-1].any()), len(lines) - (not counts[:, -1].any()))
     return {
         "gold": lines[:rows],

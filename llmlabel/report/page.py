@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from llmlabel.labelspace.show import printable, tree_html
-from llmlabel.report import plots
-from llmlabel.report.measure import Run
+from llmlabel.refine.votes import FEW
+from llmlabel.report import matrices, plots
+from llmlabel.report.measure import Run, names_of
 from llmlabel.report.taxonomy import score_series
 
 MOST_MESSAGES = 20
 MOST_LISTED_LABELS = 200
 MOST_ROUNDS = 200
+MOST_PAIRS = 5
+MOST_NAMES = 8
 CELL_CHARACTERS = 300
 
 _COLUMNS = {
@@ -68,6 +71,12 @@ def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, ti
         hierarchy=report.get("hierarchy"),
         tree=_tree(run, report),
         costs=report.get("costs"),
+        voters=report.get("voters"),
+        few=FEW,
+        between=_between,
+        disagreements=disagreements,
+        most_names=MOST_NAMES,
+        label_names=dict(zip(run.labels.ids, names_of(run.labels), strict=True)),
         rounds=report.get("taxonomy"),
         most_rounds=MOST_ROUNDS,
         report=report,
@@ -180,9 +189,9 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, text[:CELL_CHARACTERS] + ("…" if cut else "")
 
 
-def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _figures(run: Run, report: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     """Name -> data URI, text for who cannot see it, and whether it is wider than a phone."""
-    figures = {}
+    figures: dict[Any, dict[str, Any]] = {}
     sets, matrix = report["coverage"], report["confusion"]
     if len(run.rows):
         figures["accuracies"] = _accuracies(run, report)
@@ -222,23 +231,68 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"{_between(measured.low, measured.high)}.",
             }
     if matrix:
-        figures["confusion"] = {
-            "src": plots.confusion(
-                np.array(matrix["counts"]),
-                gold_names=matrix["gold"],
-                predicted_names=matrix["predicted"],
-            ),
-            "alt": "Confusion matrix. Rows right, by true label: "
-            + ", ".join(
-                f"{name} {row[at]} of {sum(row)}"
-                for at, (name, row) in enumerate(zip(matrix["gold"], matrix["counts"], strict=True))
-                if at < len(row)
-            ),
-            "wide": len(matrix["predicted"]) > 8,
-        }
+        figures["confusion", run.student] = _confusion(matrix)
+    figures |= {("confusion", name): _confusion(one) for name, one in report["confusions"].items()}
+    for table, voters in report.get("voters", {}).items():
+        figures |= _voters(table, voters)
     figures |= _shares(run, report)
     figures |= _taxonomy(run, report)
     return {name: {"wide": False, **figure} for name, figure in figures.items()}
+
+
+def _confusion(
+    matrix: dict[str, Any], axes_names: tuple[str, str] = ("true", "predicted")
+) -> dict[str, Any]:
+    return {
+        "src": matrices.confusion(
+            np.array(matrix["counts"]),
+            true_names=matrix["gold"],
+            said_names=matrix["predicted"],
+            axes_names=axes_names,
+        ),
+        "alt": "Confusion matrix. Rows alike, by label: "
+        + ", ".join(
+            f"{name} {row[at]} of {sum(row)}"
+            for at, (name, row) in enumerate(zip(matrix["gold"], matrix["counts"], strict=True))
+            if at < len(row)
+        ),
+        "wide": len(matrix["predicted"]) > 8,
+    }
+
+
+def _voters(table: str, voters: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """How often every two voters agree, where that says more than always or never; confusions."""
+    figures: dict[Any, dict[str, Any]] = {
+        ("confusion", table, name): _confusion(
+            one, ("true" if one["against"] == "gold" else "consensus", "voted")
+        )
+        for name, one in voters.get("confusions", {}).items()
+    }
+    pairs = voters.get("pairs")
+    if pairs is None:
+        return figures
+    shares = np.array(pairs["agreement"], dtype=float)
+    shares[np.array(pairs["rows"]) < FEW] = np.nan  # chance
+    below = shares[np.tril_indices(len(shares), -1)]
+    if len(shares) > 2 and ((below > 0) & (below < 1)).any():
+        figures["agreement", table] = {
+            "src": matrices.agreement(shares, names=pairs["voters"]),
+            "alt": f"Agreement of every two voters: {percent(float(np.nanmin(below)))} to "
+            f"{percent(float(np.nanmax(below)))}, median {percent(float(np.nanmedian(below)))}.",
+            "wide": len(shares) > 8,
+        }
+    return figures
+
+
+def disagreements(pairs: dict[str, Any]) -> list[tuple[int, int, str, str]]:
+    """The pairs that vote differently on most rows: those rows, their common rows, both names."""
+    names = pairs["voters"]
+    found = []
+    for row, column in zip(*np.tril_indices(len(names), -1), strict=True):
+        both, share = pairs["rows"][row][column], pairs["agreement"][row][column]
+        if both and share < 1:
+            found.append((round(both * (1 - share)), both, names[column], names[row]))
+    return sorted(found, key=lambda one: -one[0])[:MOST_PAIRS]
 
 
 def _risk_in_words(curve: dict[str, list[float]]) -> str:

@@ -82,7 +82,7 @@ def accuracies(rows: Sequence[Row], *, quantity: str) -> str:
         _percent(axes.xaxis)
         axes.set_xlabel(quantity)
 
-    return _svg(draw, width=4.6, height=0.55 + 0.52 * len(rows))
+    return svg(draw, width=4.6, height=0.55 + 0.52 * len(rows))
 
 
 def reliability(
@@ -118,7 +118,7 @@ def reliability(
         _percent(axes.xaxis, step=0.25)
         _percent(axes.yaxis, step=0.25)
 
-    return _svg(draw, width=3.7, height=3.4)
+    return svg(draw, width=3.7, height=3.4)
 
 
 def risk_coverage(kept: Float[np.ndarray, " points"], risk: Float[np.ndarray, " points"]) -> str:
@@ -142,7 +142,7 @@ def risk_coverage(kept: Float[np.ndarray, " points"], risk: Float[np.ndarray, " 
         _percent(axes.xaxis, step=0.25)
         _percent(axes.yaxis)
 
-    return _svg(draw, width=3.7, height=3.4)
+    return svg(draw, width=3.7, height=3.4)
 
 
 def coverage(
@@ -184,7 +184,7 @@ def coverage(
         _percent(axes.xaxis)
         axes.set_xlabel("rows whose set holds the true label")
 
-    return _svg(draw, width=3.7, height=1.55)
+    return svg(draw, width=3.7, height=1.55)
 
 
 def set_sizes(rows: Int[np.ndarray, " sizes"]) -> str:
@@ -205,50 +205,7 @@ def set_sizes(rows: Int[np.ndarray, " sizes"]) -> str:
         axes.margins(y=0.12)
         axes.set_xlabel("labels in the set")
 
-    return _svg(draw, width=3.7, height=2.3)
-
-
-def confusion(
-    counts: Int[np.ndarray, "gold predicted"],
-    *,
-    gold_names: Sequence[str],
-    predicted_names: Sequence[str],
-) -> str:
-    """Heat map, each row of the true label shaded by its share; the numbers are counts of rows."""
-    gold, predicted = counts.shape
-    cell = 0.62 if max(gold, predicted) <= 8 else 0.34
-    total = counts.sum(axis=1, keepdims=True)
-    shares = counts / np.where(total > 0, total, 1)
-
-    def draw(axes: Any) -> None:
-        from matplotlib.colors import to_rgba
-
-        for row, column in np.ndindex(counts.shape):
-            share = float(shares[row, column])
-            axes.add_patch(_cell(row, column, to_rgba(ACCENT, 0.04 + 0.96 * share)))
-            if count := int(counts[row, column]):
-                color = "white" if share > 0.5 else INK
-                size = 9 if cell > 0.5 else 7
-                axes.text(
-                    column, row, f"{count}", color=color, ha="center", va="center", fontsize=size
-                )
-        axes.set(xlim=(-0.5, predicted - 0.5), ylim=(gold - 0.5, -0.5), aspect="equal")
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        columns = _names(predicted_names)
-        turned = max(len(name) for name in columns) > 8 or predicted > 8
-        axes.set_xticks(
-            range(predicted),
-            columns,
-            rotation=45 if turned else 0,
-            ha="right" if turned else "center",
-            rotation_mode="anchor",
-        )
-        axes.set_yticks(range(gold), _names(gold_names))
-        axes.tick_params(length=0, labelcolor=INK, pad=5)
-        axes.spines[["left", "bottom"]].set_visible(False)
-
-    return _svg(draw, width=1.9 + cell * predicted, height=1.2 + cell * gold)
+    return svg(draw, width=3.7, height=2.3)
 
 
 def shares(
@@ -277,12 +234,12 @@ def shares(
                 color=MUTED,
             )
         axes.set(xlim=(0, limit * 1.18), ylim=(len(names) - 0.4, -0.6))
-        axes.set_yticks(at, _names(names))
+        axes.set_yticks(at, drawables(names))
         axes.set_xticks([])
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[["bottom"]].set_visible(False)
 
-    return _svg(draw, width=3.5, height=0.25 + 0.27 * len(names))
+    return svg(draw, width=3.5, height=0.25 + 0.27 * len(names))
 
 
 _PLACES = ((8, 4, "left"), (8, -13, "left"), (-8, -13, "right"), (-8, 4, "right"))
@@ -322,7 +279,7 @@ def costs(points: Sequence[tuple[str, float, float, bool]], *, quantity: str) ->
         axes.grid(visible=True)
         _percent(axes.yaxis)
 
-    return _svg(draw, width=4.6, height=3.0)
+    return svg(draw, width=4.6, height=3.0)
 
 
 def scores(series: Sequence[Sequence[float]]) -> str:
@@ -337,7 +294,7 @@ def scores(series: Sequence[Sequence[float]]) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(visible=True)
 
-    return _svg(draw, width=4.6, height=2.4)
+    return svg(draw, width=4.6, height=2.4)
 
 
 def drawable(name: str, otherwise: str, *, characters: int = NAME_CHARACTERS) -> str:
@@ -351,8 +308,9 @@ def drawable(name: str, otherwise: str, *, characters: int = NAME_CHARACTERS) ->
     return name if len(name) <= characters else f"{name[: characters - 1].rstrip()}…"
 
 
-def _names(names: Sequence[str]) -> list[str]:
-    return [drawable(name, f"label {number}") for number, name in enumerate(names, start=1)]
+def drawables(names: Sequence[str], what: str = "label") -> list[str]:
+    """Each name, or its number where the font lacks one of its characters."""
+    return [drawable(name, f"{what} {number}") for number, name in enumerate(names, start=1)]
 
 
 def _interval(axes: Any, y: float, measured: Measured, color: str, *, hollow: bool) -> None:
@@ -369,12 +327,6 @@ def _interval(axes: Any, y: float, measured: Measured, color: str, *, hollow: bo
     )
 
 
-def _cell(row: int, column: int, color: tuple[float, float, float, float]) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, facecolor=color, linewidth=0)
-
-
 def _percent(axis: Any, *, step: float | None = None) -> None:
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
@@ -382,7 +334,8 @@ def _percent(axis: Any, *, step: float | None = None) -> None:
     axis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
 
 
-def _svg(draw: Callable[[Any], None], *, width: float, height: float) -> str:
+def svg(draw: Callable[[Any], None], *, width: float, height: float) -> str:
+    """What `draw` draws on axes, as a data URI; in inches."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -392,5 +345,5 @@ def _svg(draw: Callable[[Any], None], *, width: float, height: float) -> str:
         draw(figure.add_subplot())
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        svg = buffer.getvalue()
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+        drawn = buffer.getvalue()
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode("ascii")
