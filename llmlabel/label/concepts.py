@@ -90,6 +90,7 @@ def extract_concepts(
     *,
     fields: Mapping[str, str] = PATENT_FIELDS,
     prompt: str | Path = "label/concepts",
+    characters: int = 240,
     max_tokens: int = 256,
     block_rows: int = 256,
     output: Path | None = None,
@@ -104,6 +105,7 @@ def extract_concepts(
         engine: who reads; its replies are held to a JSON schema.
         fields: name -> what is to be said there; the same for both sides.
         prompt: a prompt file or a shipped name, which sees `fields`.
+        characters: of a field; the schema ends it there, where a small model copies on and on.
         max_tokens: of a reply.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
@@ -114,7 +116,7 @@ def extract_concepts(
     path, sha, kinds = find_prompt(prompt), prompt_sha(prompt), dict(fields)
     schema = {
         "type": "object",
-        "properties": {name: {"type": "string"} for name in fields},
+        "properties": {name: {"type": "string", "maxLength": characters} for name in fields},
         "required": list(fields),
         "additionalProperties": False,
     }
@@ -140,7 +142,13 @@ def extract_concepts(
         dataset,
         compute,
         columns=("concepts", "reply", "error", "engine", "prompt_sha"),
-        key={"engine": engine.name, "prompt": sha, "fields": kinds, "max_tokens": max_tokens},
+        key={
+            "engine": engine.name,
+            "prompt": sha,
+            "fields": kinds,
+            "characters": characters,
+            "max_tokens": max_tokens,
+        },
         block_rows=block_rows,
         output=output,
         name="extract_concepts",
@@ -305,8 +313,7 @@ class _Compared:
     def ranks(self, rows: Dataset) -> _Views:
         """1 / (k + rank) of every label in every view; a view without a text ranks all equally."""
         if not self.own:  # not before rows have to be compared
-            if isinstance(self.encoder, str | Path):
-                self.encoder = models.load_encoder(self.encoder)
+            self.encoder = models.load_encoder(self.encoder)
             self.own = self._vectors(self.said)
         items, same = self._vectors(_fields_of(rows)), self._same_document(rows)
         views = []

@@ -97,7 +97,7 @@ def choose_demonstrations(  # noqa: PLR0913  # what to choose, from what, how, a
     @cache  # not before a block has to be computed
     def loaded() -> tuple[Encoder, Float[np.ndarray, "pool width"]]:
         assert encoder is not None  # or refused above
-        ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        ready = models.load_encoder(encoder)
         return ready, unit_vectors(ready, [one.text for one in shown])
 
     @cache

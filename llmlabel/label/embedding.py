@@ -62,7 +62,7 @@ def label_embedding(
 
     def compute(block: Dataset) -> Dataset:
         if not loaded:  # not before a block has to be computed
-            ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+            ready = models.load_encoder(encoder)
             loaded.append((ready, unit_vectors(ready, labels.texts())))
         ready, anchors = loaded[0]
         texts = block["text"][:]
@@ -117,7 +117,7 @@ def embed(
 
     def compute(block: Dataset) -> Dataset:
         if not loaded:  # not before a block has to be computed
-            ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+            ready = models.load_encoder(encoder)
             loaded.append(ready)
         texts = block["text"][:]
         readable = [row for row, text in enumerate(texts) if text.strip()]

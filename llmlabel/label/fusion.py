@@ -6,7 +6,7 @@ The numbers behind `llmlabel.label.concepts`.
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy.optimize import minimize
 from scipy.stats import rankdata
 
@@ -90,21 +90,3 @@ def weights_loss(ranks: _Views, known: _Known, weights: _Weights) -> tuple[float
 def _min_max(raw: _Scores) -> _Scores:
     low, high = raw.min(axis=1, keepdims=True), raw.max(axis=1, keepdims=True)
     return np.where(high > low, (raw - low) / np.where(high > low, high - low, 1.0), 0.0)
-
-
-def label_modularity(
-    edges: Int[np.ndarray, "edges 2"], scores: Float[np.ndarray, "nodes labels"]
-) -> float:
-    """How far linked nodes share labels, beyond chance: a check of labels against a citation graph.
-
-    The fuzzy modularity of Nepusz et al. 2008 (doi 10.1103/PhysRevE.77.016107), 1/2m times the sum
-    over nodes i, j of (A_ij - d_i d_j / 2m) u_i u_j, of an undirected graph with m edges; u_i are
-    the scores of a node divided by their sum. With one label a node it is Newman's modularity.
-    """
-    if not len(edges):
-        raise ValueError("modularity needs at least one edge")
-    total = scores.sum(axis=1, keepdims=True)
-    shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
-    degree = np.bincount(edges.ravel(), minlength=len(scores))
-    within = np.einsum("el,el->", shares[edges[:, 0]], shares[edges[:, 1]])
-    return float(within / len(edges) - ((degree @ shares / (2 * len(edges))) ** 2).sum())

@@ -135,7 +135,7 @@ def label_hierarchy(  # noqa: PLR0913  # each is one plain choice about how the 
     def ready() -> "How | Direct":
         if strategy != "tmh":
             return Direct(labels, strategy, path, inner, listed_characters, list_all)
-        loaded = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        loaded = models.load_encoder(encoder)
         texts = labels.texts()
         near = None if loaded is None else Nearest(loaded, texts, nearest)
         return How(path, keep, min_mass, stop, listed_characters, list_all, texts, near)

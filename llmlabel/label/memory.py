@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset, Value
@@ -20,42 +20,29 @@ from llmlabel.data import (
     plain_words,
     require_columns,
     with_columns,
-    with_gold,
 )
 from llmlabel.files import arrow_table
 from llmlabel.label.embedding import TEXT_CUT, readable_vectors
+from llmlabel.label.nearest import CHUNK, Own
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import id_ranks
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 
 Answers = Literal["gold", "soft"]
-Search = Literal["exact", "usearch"]
-Own = Sequence[Sequence[int]]
-"""For each row the entries of a pool that are the row itself."""
 
 Read = Callable[[Float[np.ndarray, "rows width"], Own], csr_array]
 """Vectors of a block and what is itself -> its distributions."""
 
-Nearest = tuple[Int[np.ndarray, "rows k"], Float[np.ndarray, "rows k"]]
-"""Entries of the pool and their cosines, nearest first; -inf where there is no more."""
-
-CHUNK = 8192
-"""Entries of a pool that a block is compared with at a time."""
-
-_OVERSAMPLE = 4
-"""An approximate index is asked for so many times k, of which the nearest are taken exactly."""
-
-_NOT_THERE = np.iinfo(np.int64).min
-
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """A pool by rising id, so that the order of its rows does not matter."""
+    """A pool by rising id, so that the order of its rows does not matter; `rows` were their places."""
 
     ids: list[str]
     words: list[str]
     vectors: Float[np.ndarray, "pool width"]
     targets: csr_array
+    rows: Int[np.ndarray, " pool"]
 
     @cached_property
     def _places(self) -> tuple[dict[str, int], dict[str, list[int]]]:
@@ -84,13 +71,22 @@ class Memory:
             [self.words[i] for i in some],
             self.vectors[some],
             csr_array(self.targets[some]),
+            self.rows[some],
         )
+
+    def sums(self) -> Float[np.ndarray, "labels width"]:
+        """Sum of each label's vectors by its share in them, in double precision."""
+        found = np.zeros((self.targets.shape[1], self.vectors.shape[1]))
+        for start in range(0, len(self.vectors), CHUNK):
+            part = slice(start, start + CHUNK)
+            found += self.targets[part].T @ self.vectors[part].astype(np.float64)
+        return found
 
     def digest(self, choice: object) -> str:
         """8 hex digits of the pool and of what was chosen."""
         content = hashlib.sha256(json.dumps([choice, self.ids, self.words]).encode())
         for part in (self.vectors, self.targets.data, self.targets.indices, self.targets.indptr):
-            content.update(np.ascontiguousarray(part).tobytes())
+            content.update(np.ascontiguousarray(part).ravel().data)
         return content.hexdigest()[:8]
 
 
@@ -101,7 +97,11 @@ def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> 
         ValueError: there are none.
     """
     require_columns(pool, "id", "text", "vector")
-    known = with_gold(pool) if answers == "gold" else pool
+    places = np.arange(len(pool))
+    if answers == "gold":
+        require_columns(pool, "gold")
+        places = np.flatnonzero(_given(pool, "gold"))
+    known = pool.select(places)
     targets = csr_array((len(known), len(labels)))
     if answers == "gold" and labels.multilabel:
         targets = csr_array(gold_matrix(known, labels)).astype(np.float64)
@@ -120,12 +120,13 @@ def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> 
         raise ValueError(f"no pool row has {what}; embed the rows, and label some")
     order = np.argsort(id_ranks(known)[rows])
     texts, ids = known["text"][:], known["id"][:]
-    places = rows[order].tolist()
+    some = rows[order].tolist()
     return Memory(
-        [str(ids[row]) for row in places],
-        [text_key(texts[row]) for row in places],
+        [str(ids[row]) for row in some],
+        [text_key(texts[row]) for row in some],
         np.ascontiguousarray(vectors[order]),
-        csr_array(targets[places]),
+        csr_array(targets[some]),
+        places[some],
     )
 
 
@@ -134,10 +135,14 @@ def _answered(dataset: Dataset, soft: csr_array, labels: LabelSpace) -> Bool[np.
     stored: np.ndarray = np.diff(soft.indptr) > 0
     if not labels.multilabel:
         return stored
-    given = arrow_table(dataset.select_columns(["label_ids"]))["label_ids"].is_valid().to_numpy()
     read = [not error or error.startswith(TEXT_CUT) for error in _errors(dataset)]
-    answered: np.ndarray = stored | (given & np.array(read, dtype=bool))
+    answered: np.ndarray = stored | (_given(dataset, "label_ids") & np.array(read, dtype=bool))
     return answered
+
+
+def _given(dataset: Dataset, column: str) -> Bool[np.ndarray, " rows"]:
+    valid: np.ndarray = arrow_table(dataset.select_columns([column]))[column].is_valid().to_numpy()
+    return valid
 
 
 def _errors(dataset: Dataset) -> list[str | None]:
@@ -298,87 +303,3 @@ def vote(
     bounds = np.arange(len(found) + 1) * found.shape[1]
     shape = (len(found), targets.shape[0])
     return csr_array((weights.ravel(), found.ravel(), bounds), shape) @ targets
-
-
-# ----------------------------------------------------------------------------------------- search
-
-
-def finder(
-    pool: Float[np.ndarray, "pool width"], *, k: int, search: Search
-) -> Callable[[Float[np.ndarray, "rows width"], Own], Nearest]:
-    """What finds the `k` nearest entries of the pool; of equally near ones the first.
-
-    Cosines that differ by less than about 1e-6 count as equal, so that nothing depends on how rows
-    share a matrix product.
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, the number of neighbours; got {k}")
-    k = min(k, len(pool))
-    if search == "exact":
-        return lambda vectors, own: _exactly(vectors, pool, k, own)
-    built: list[object] = []
-
-    def approximately(vectors: Float[np.ndarray, "rows width"], own: Own) -> Nearest:
-        if not built:  # not before a block has to be computed
-            built.append(_hnsw(pool))
-        index: Any = built[0]
-        count = min(_OVERSAMPLE * k + max(map(len, own), default=0), len(pool))
-        # one row more, because a lone one is answered in another form
-        matches = index.search(np.concatenate([vectors, vectors[:1]]).astype(np.float32), count)
-        keys = matches.keys[:-1].astype(np.int64)
-        there = np.arange(keys.shape[1]) < matches.counts[:-1, None]
-        for row, entries in enumerate(own):
-            there[row] &= ~np.isin(keys[row], entries)
-        return _ranked(vectors, pool, np.where(there, keys, -1), k)
-
-    return approximately
-
-
-def _hnsw(pool: Float[np.ndarray, "pool width"]) -> object:
-    try:
-        from usearch.index import Index
-    except ImportError:
-        raise ValueError(
-            "search='usearch' needs the package usearch: pip install usearch, or search='exact'"
-        ) from None
-    index = Index(ndim=pool.shape[1], metric="ip", dtype="f32")
-    index.add(np.arange(len(pool)), pool.astype(np.float32), threads=1)  # the same graph each time
-    return index
-
-
-def _exactly(
-    vectors: Float[np.ndarray, "rows width"],
-    pool: Float[np.ndarray, "pool width"],
-    k: int,
-    own: Own,
-) -> Nearest:
-    best = np.full((len(vectors), 0), _NOT_THERE)
-    for start in range(0, len(pool), CHUNK):
-        cosines = vectors @ pool[start : start + CHUNK].T
-        # One integer an entry, higher is nearer: no two are equal, so the k best are unique.
-        places = np.arange(start, start + cosines.shape[1])
-        keys = (np.rint(cosines * 1e6).astype(np.int64) << 32) - places
-        for row, itself in enumerate(own):
-            inside = [entry - start for entry in itself if 0 <= entry - start < keys.shape[1]]
-            keys[row, inside] = _NOT_THERE
-        best = np.concatenate([best, keys], axis=1)
-        best = np.partition(best, max(best.shape[1] - k, 0), axis=1)[:, -k:]
-    entries = np.where(best == _NOT_THERE, -1, -best & 0xFFFFFFFF)
-    return _ranked(vectors, pool, entries, k)
-
-
-def _ranked(
-    vectors: Float[np.ndarray, "rows width"],
-    pool: Float[np.ndarray, "pool width"],
-    entries: Int[np.ndarray, "rows some"],
-    k: int,
-) -> Nearest:
-    """The `k` nearest of some entries, by cosines in double precision; -1 is no entry."""
-    cosines = np.full(entries.shape, -np.inf)
-    exact = vectors.astype(np.float64)
-    for column in range(entries.shape[1]):  # one at a time: rows x some x width is too much
-        cosines[:, column] = (exact * pool[entries[:, column]]).sum(axis=1)
-    cosines[entries < 0] = -np.inf
-    order = np.lexsort((entries, -cosines.round(6)), axis=1)[:, :k]
-    found = np.take_along_axis(entries, order, axis=1)
-    return np.maximum(found, 0), np.take_along_axis(cosines, order, axis=1)

@@ -16,15 +16,11 @@ from scipy.sparse import csr_array
 
 from llmlabel.label.embedding import label_vectors, readable_vectors
 from llmlabel.label.memory import (
-    CHUNK,
     Answers,
-    Own,
-    Search,
     apart,
     check_unknown,
     check_width,
     directions,
-    finder,
     gram,
     label_by_memory,
     normalised,
@@ -33,9 +29,13 @@ from llmlabel.label.memory import (
     vote,
     with_labels,
 )
+from llmlabel.label.nearest import CHUNK, Own, Search, evenly, finder, search_name
 from llmlabel.labelspace import LabelSpace
 
 Centring = Literal["none", "cache", "all"]
+
+_CENTRED = 10_000
+"""Pool rows over which a label's mean in the cache is taken; more make it hardly better."""
 
 
 def label_neighbours(  # noqa: PLR0913  # what votes, how, how it is found, and where to keep it
@@ -69,7 +69,8 @@ def label_neighbours(  # noqa: PLR0913  # what votes, how, how it is found, and 
             it on validation rows, for 0 says that they are impossible. Single-label only.
         answers: `gold` of the pool, or its soft labels.
         search: "exact" compares every row with every pool row, in blocks. "usearch" builds an
-            index (HNSW) for pools of a million rows; it can miss a neighbour.
+            index (HNSW) for pools of a million rows; it can miss a neighbour, and so can an index
+            of faiss or usearch of your own, which knows the pool's rows by their position.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
 
@@ -78,14 +79,14 @@ def label_neighbours(  # noqa: PLR0913  # what votes, how, how it is found, and 
     """
     check_unknown(unknown, labels)
     memory = read_pool(pool, labels, answers=answers)
-    find = finder(memory.vectors, k=k, search=search)
+    find = finder(memory.vectors, k=k, search=search, rows=memory.rows)
 
     def read(vectors: Float[np.ndarray, "rows width"], own: Own) -> csr_array:
         found, cosines = find(vectors, own)
         weights = normalised(scale * cosines)
         return (1 - unknown) * vote(found, weights, memory.targets)
 
-    choice = ["neighbours", k, scale, unknown, search]
+    choice = ["neighbours", k, scale, unknown, search_name(search)]
     return label_by_memory(
         dataset, memory, read, labels, choice=choice, block_rows=block_rows, output=output
     )
@@ -121,7 +122,7 @@ def label_prototypes(
     """
     refuse_multilabel(labels, "label_prototypes")
     memory = read_pool(pool, labels, answers=answers)
-    sums, mass = memory.targets.T @ memory.vectors, np.asarray(memory.targets.sum(axis=0))
+    sums, mass = memory.sums(), np.asarray(memory.targets.sum(axis=0))
     means = directions(sums)
 
     def read(vectors: Float[np.ndarray, "rows width"], own: Own) -> csr_array:
@@ -337,10 +338,10 @@ def label_cache(  # noqa: PLR0913  # one plain choice each
 
     means = np.zeros(len(labels))
     if centring != "none":
-        for i in range(0, len(memory.ids), CHUNK):
-            some = range(i, min(i + CHUNK, len(memory.ids)))
-            means += cache(memory.vectors[i : i + CHUNK], [[entry] for entry in some]).sum(axis=0)
-        means /= len(memory.ids)
+        taken = evenly(len(memory.ids), _CENTRED)
+        for some in np.array_split(taken, -(-len(taken) // CHUNK)):
+            own = [[entry] for entry in some.tolist()]
+            means += cache(memory.vectors[some], own).sum(axis=0) / len(taken)
     if centring == "all":
         means += memory.vectors.mean(axis=0, dtype=np.float64) @ names.T
 

@@ -48,7 +48,7 @@ def shortlist(
 
     @cache  # not before a block has to be computed
     def ready() -> tuple[Encoder, Float[np.ndarray, "labels width"]]:
-        loaded = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        loaded = models.load_encoder(encoder)
         return loaded, unit_vectors(loaded, labels.texts())
 
     def compute(block: Dataset) -> Dataset:

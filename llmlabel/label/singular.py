@@ -5,23 +5,20 @@ from typing import Literal
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.sparse import csr_array
 
 from llmlabel.label.embedding import readable_vectors
 from llmlabel.label.memory import (
     Answers,
     Memory,
-    Nearest,
-    Own,
-    Search,
     check_unknown,
-    finder,
     label_by_memory,
     normalised,
     read_pool,
     vote,
 )
+from llmlabel.label.nearest import Nearest, Own, Search, evenly, finder, search_name
 from llmlabel.labelspace import LabelSpace
 
 Dimension = Literal["two_nn", "leave_one_out"]
@@ -86,13 +83,13 @@ def label_singular(  # noqa: PLR0913  # what votes, how, how it is found, and wh
         exponent = float(dimension)
     if not 0 < exponent < np.inf:
         raise ValueError(f"dimension must be a number above 0; got {dimension}")
-    find = finder(memory.vectors, k=k, search=search)
+    find = finder(memory.vectors, k=k, search=search, rows=memory.rows)
 
     def read(vectors: Float[np.ndarray, "rows width"], own: Own) -> csr_array:
         found, squared = _distances(find(vectors, own), vectors, memory.vectors)
         return (1 - unknown) * vote(found, singular_weights(squared, exponent), memory.targets)
 
-    choice = ["singular", exponent, k, unknown, search]
+    choice = ["singular", exponent, k, unknown, search_name(search)]
     return label_by_memory(
         dataset, memory, read, labels, choice=choice, block_rows=block_rows, output=output
     )
@@ -153,8 +150,8 @@ def _two_nn(vectors: Float[np.ndarray, "rows width"]) -> float:
             f"only {len(vectors)} vectors differ, too few to tell their dimension; give dimension= a "
             "number"
         )
-    sample = _sample(len(vectors))
-    find = finder(vectors, k=2, search="exact")
+    sample = evenly(len(vectors), _SAMPLE)
+    find = finder(vectors, k=2)
     squared = np.concatenate(
         [
             _distances(find(vectors[some], [[int(i)] for i in some]), vectors[some], vectors)[1]
@@ -183,8 +180,8 @@ def best_exponent(memory: Memory, pool: Dataset, *, k: int) -> float:
             "no label has two pool rows, so none can be left out; give dimension= 'two_nn' or a number"
         )
     position = {str(id): row for row, id in enumerate(pool["id"][:])}
-    sample = telling[_sample(len(telling))]
-    find = finder(memory.vectors, k=k, search="exact")
+    sample = telling[evenly(len(telling), _SAMPLE)]
+    find = finder(memory.vectors, k=k)
     scores = np.zeros(len(GRID))
     for some in np.array_split(sample, -(-len(sample) // 500)):
         own = memory.itself(pool.select([position[memory.ids[i]] for i in some.tolist()]))
@@ -195,7 +192,3 @@ def best_exponent(memory: Memory, pool: Dataset, *, k: int) -> float:
             guess = vote(found, singular_weights(squared, exponent), memory.targets)
             scores[i] += ((guess - truth).power(2)).sum()
     return GRID[int(scores.round(9).argmin())]
-
-
-def _sample(rows: int) -> Int[np.ndarray, " sample"]:
-    return np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE)).round().astype(np.int64))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Required, get_args
 
@@ -163,35 +163,36 @@ def measure_functions(
     if not labels.multilabel:
         votes = votes.hard()
     names = sorted({*votes.names, *(function["name"] for function in functions)})
-    place, sure = np.array([names.index(name) for name in votes.names], int), votes.prob >= 0.5
+    place, sure = np.searchsorted(names, votes.names), votes.prob >= 0.5
     row, source, label = votes.row[sure], place[votes.source[sure]], votes.label[sure]
-    fires = np.zeros((len(names), len(rows)), dtype=bool)
-    fires[source, row] = True
     right, known = np.zeros(len(row), dtype=bool), np.zeros(len(rows), dtype=bool)
     if "gold" in rows.column_names:
         right = gold_matrix(rows, labels)[row, label]
         known = arrow_table(rows.select_columns(["gold"]))["gold"].is_valid().to_numpy()
-    several = fires.sum(axis=0) > 1
-    least, most = np.full(len(rows), len(labels)), np.full(len(rows), -1)
-    np.minimum.at(least, row, label)
-    np.maximum.at(most, row, label)
-    differ = most > least
+    on, by = np.unique(np.stack([row, source]), axis=1)  # once, for however many labels
+    voters = np.bincount(on, minlength=len(rows))
+    said = np.bincount(np.unique(np.stack([row, label]), axis=1)[0], minlength=len(rows))
+    several, differ = voters > 1, said > 1
 
-    def shares(fired: Any) -> dict[str, float | None]:
-        overlap, conflict = float((fired & several).mean()), float((fired & differ).mean())
-        alone = None if labels.multilabel else conflict
-        return {"coverage": float(fired.mean()), "overlap": overlap, "conflict": alone}
+    def shares(coverage: float, overlap: float, conflict: float) -> dict[str, float | None]:
+        alone = None if labels.multilabel else float(conflict)
+        return {"coverage": float(coverage), "overlap": float(overlap), "conflict": alone}
 
-    found = {}
-    for at, name in enumerate(names):
-        judged = right[(source == at) & known[row]]
-        found[name] = {
-            "labels": [labels.ids[one] for one in np.unique(label[source == at])],
-            **shares(fires[at]),
-            "gold_votes": len(judged),
-            "accuracy": float(judged.mean()) if len(judged) else None,
+    groups = (by, by[several[on]], by[differ[on]], source[known[row]], source[known[row] & right])
+    *counts, judged, hits = (np.bincount(of, minlength=len(names)) for of in groups)
+    ids: list[list[str]] = [[] for _ in names]
+    for number, one in np.unique(np.stack([source, label]), axis=1).T:
+        ids[number].append(labels.ids[one])
+    found = {
+        name: {
+            "labels": ids[number],
+            **shares(*(of[number] / len(rows) for of in counts)),
+            "gold_votes": int(judged[number]),
+            "accuracy": float(hits[number] / judged[number]) if judged[number] else None,
         }
-    whole = shares(fires.any(axis=0))
+        for number, name in enumerate(names)
+    }
+    whole = shares((voters > 0).mean(), several.mean(), differ.mean())
     return {"rows": len(rows), "gold_rows": int(known.sum()), **whole, "functions": found}
 
 
@@ -305,13 +306,15 @@ def _reader(
     regex_seconds: float,
 ) -> Callable[[Dataset], Dataset]:
     """A block of rows -> the block with what all rules say."""
-    loaded = [] if encoder is None or isinstance(encoder, str | Path) else [encoder]
+
+    @cache  # not before a block has to be computed
+    def ready() -> Encoder:
+        assert encoder is not None  # or refused above
+        return models.load_encoder(encoder)
 
     @lru_cache(maxsize=len(rules) + 1)  # the rules' own texts, and those of the block
     def vectors(texts: tuple[str, ...]) -> Float[np.ndarray, "texts width"]:
-        if isinstance(encoder, str | Path) and not loaded:  # not before a block has to be computed
-            loaded.append(models.load_encoder(encoder))
-        return unit_vectors(loaded[0], texts)
+        return unit_vectors(ready(), texts)
 
     def says(rule: _Rule, texts: tuple[str, ...]) -> list[_Said]:
         if rule.kind == "question" and engine is not None:

@@ -18,7 +18,6 @@ from llmlabel.data import gold_index
 from llmlabel.label.embedding import label_vectors, readable_vectors
 from llmlabel.label.memory import (
     Memory,
-    Own,
     apart,
     check_width,
     directions,
@@ -28,6 +27,7 @@ from llmlabel.label.memory import (
     read_pool,
     refuse_multilabel,
 )
+from llmlabel.label.nearest import Own
 from llmlabel.labelspace import LabelSpace
 
 Method = Literal["mapping", "propagation"]
@@ -208,7 +208,7 @@ def class_weights(
             f"{hops}"
         )
     seen = _seen(memory)
-    sums = (memory.targets.T @ memory.vectors).astype(np.float64)
+    sums = memory.sums()
     if method == "mapping":
         learned = eszsl(
             gram(memory.vectors), sums[seen].T, names[seen], gamma=ridge, lam=class_ridge

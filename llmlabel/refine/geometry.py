@@ -284,7 +284,7 @@ def _widened(
 
 
 def _label_vectors(encoder: str | Path | Any, labels: LabelSpace) -> _Embeddings:
-    ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    ready = models.load_encoder(encoder)
     vectors = ready.encode(
         labels.texts(), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from llmlabel.prompt import Chat
 from llmlabel.taxonomy.guardrails import ReplyError
 from llmlabel.taxonomy.replies import reply_tokens
 
+_log = logging.getLogger(__name__)
 RETRIES = 5
 _WARMER = 0.1
 Step = Literal["summarise", "generate", "update", "review", "name"]
@@ -25,6 +27,7 @@ TEMPERATURES: dict[Step, float] = {
     "name": 0.0,
 }
 """Of the first attempt at each step."""
+_TOLD: tuple[Step, ...] = ("generate", "update", "review", "name")  # rows of a summary have `error`
 T = TypeVar("T")
 
 
@@ -95,6 +98,16 @@ class Asker:
             waiting = [number for number in waiting if answers[number].value is None]
             if not waiting:
                 break
+            if step in _TOLD:
+                _log.info(
+                    "%s: %d of %d replies refused, attempt %d of %d: %s",
+                    *(step, len(waiting), len(chats), attempt + 1, RETRIES + 1),
+                    answers[waiting[0]].problem,
+                )
+        cuts = [answer.cut for answer in answers.values() if answer.cut]
+        if cuts and step in _TOLD:
+            told = "%s: %d of %d chats not read whole (show fewer texts, or less of each): %s"
+            _log.info(told, step, len(cuts), len(chats), cuts[0])
         for number in waiting:
             if number in spare:
                 told = f"repeated names were taken once ({answers[number].problem})"

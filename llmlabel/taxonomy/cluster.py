@@ -80,7 +80,7 @@ def cluster_texts(
             f"cluster_texts: {len(rows)} rows have a text, and {method} needs {needed}; give more "
             f"rows, or lower {'n_labels' if n_labels else 'min_texts'}"
         )
-    ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    ready = models.load_encoder(encoder)
     vectors = unit_vectors(ready, [texts[row] for row in rows])
     found = _clusters(vectors, method, n_labels, min_texts, seed)
     clusters, centrality = np.full(len(ids), -1), np.full(len(ids), np.nan)
@@ -116,7 +116,7 @@ def cluster_taxonomy(  # noqa: PLR0913  # each is one plain choice about how it 
         dataset: rows with `id`, `text`, `cluster` and `centrality`.
         engine: who names.
         use_case: what the labels are for, in a few words.
-        nearest: texts shown of each cluster.
+        nearest: texts shown of each cluster; those that read alike once.
         words: of each text.
         name_words: length of a name, as 8 characters a word.
         description_words: length of a description.
@@ -130,7 +130,8 @@ def cluster_taxonomy(  # noqa: PLR0913  # each is one plain choice about how it 
     members = _members(dataset)
     if len(members) < 2:
         raise ValueError(f"cluster_taxonomy: {len(members)} clusters, and a choice needs two")
-    shown = [[first_words(text, words) for text in some[:nearest]] for some in members]
+    different = [dict.fromkeys(first_words(text, words) for text in some) for some in members]
+    shown = [list(some)[:nearest] for some in different]
     limits = Limits(
         len(members),
         name_words,

@@ -23,8 +23,9 @@ def with_examples(
     """The labels with the most central texts of each in its description.
 
     Every text belongs to the label whose "name: description" is nearest. The `texts` nearest to the
-    mean of these, cut to `words` words, stand behind the description. Names that a weak model has
-    found say little; what it has found them for says more. A label without a text stays as it is.
+    mean of these, cut to `words` words, stand behind the description, and none twice. Names that a
+    weak model has found say little; what it has found them for says more. A label without a text
+    stays as it is.
 
     Args:
         dataset: rows with `id` and `text`, without true labels.
@@ -43,14 +44,15 @@ def with_examples(
     shown = [text for _, text in rows if text.strip()]
     if not shown:
         return labels
-    ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    ready = models.load_encoder(encoder)
     vectors = unit_vectors(ready, shown)
     nearest = (vectors @ unit_vectors(ready, labels.texts()).T).argmax(axis=1)
     descriptions = []
     for label, description in enumerate(labels.descriptions):
         mine = np.flatnonzero(nearest == label)
-        close = np.argsort(-(vectors[mine] @ vectors[mine].sum(axis=0)), kind="stable")[:texts]
-        some = " / ".join(first_words(shown[mine[i]], words) for i in close)
+        close = np.argsort(-(vectors[mine] @ vectors[mine].sum(axis=0)), kind="stable")
+        different = dict.fromkeys(first_words(shown[mine[i]], words) for i in close)
+        some = " / ".join(list(different)[:texts])
         parts = [description, f"such as: {some}" if some else ""]
         descriptions.append("; ".join(part for part in parts if part))
     return LabelSpace(

@@ -104,7 +104,7 @@ def discover(
     if round > 1:
         last = SoftLabels.from_dataset(dataset, labels).top(1).probs.toarray()[rows]
         before = _renumbered(predicted(last), gold, len(labels))
-    ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    ready = models.load_encoder(encoder)
     vectors = unit_vectors(ready, [texts[row] for row in rows])
     centres = _best_centres(vectors, before, gold, len(labels), seed)
     probs = np.zeros((len(ids), len(labels)))

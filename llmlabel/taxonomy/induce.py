@@ -232,7 +232,7 @@ def induce(  # noqa: PLR0913 - each knob of a run is an override of a recipe
     texts = _shown(dataset, words)
     with nullcontext() if output is None else lock(output):
         asker = Asker(engine, seed, output)
-        ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        ready = models.load_encoder(encoder)
         first = None if start is None else Proposal(start.names, start.descriptions)
         return _Growth(asker, settings, texts, min_texts, ready, first).grow(limits)
 

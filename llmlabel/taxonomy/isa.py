@@ -87,7 +87,7 @@ def fit_isa(
     """
     texts, edges = _graph(pairs)
     held = _held_out(texts, edges, unseen=unseen, seed=seed)
-    ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    ready = models.load_encoder(encoder)
     vectors = unit_vectors(ready, texts)
     schedule: dict[str, Any] = {
         "epochs": num_train_epochs,
@@ -201,7 +201,7 @@ class Isa:
                 f"isa: the layer was trained with {self.card['encoder']}, and this is {name}; give "
                 "the same encoder, or train it again"
             )
-        ready = models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+        ready = models.load_encoder(encoder)
         asked, all_vectors = unit_vectors(ready, children), unit_vectors(ready, candidates)
         return log_mass(self.network, asked, all_vectors, itself, block_rows=block_rows)
 

@@ -87,7 +87,7 @@ class LabelledTerms:
 
     @cached_property
     def _ready(self) -> Encoder:
-        return loaded(self.encoder)
+        return models.load_encoder(self.encoder)
 
     @cached_property
     def _vectors(self) -> Float[np.ndarray, "terms width"]:
@@ -96,11 +96,6 @@ class LabelledTerms:
     @cached_property
     def _anchors(self) -> Float[np.ndarray, "types width"]:
         return unit_vectors(self._ready, self.types.texts())
-
-
-def loaded(encoder: str | Path | Encoder) -> Encoder:
-    """The encoder itself."""
-    return models.load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
 
 
 def _readable(block: Dataset) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, List, Value
 
+from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import plain_words, require_columns, with_columns
 from llmlabel.engine import Engine, Reply
@@ -23,7 +24,6 @@ from llmlabel.label.embedding import Encoder
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.prompt import find_prompt, prompt_sha, render
 from llmlabel.softlabels import SoftLabels
-from llmlabel.taxonomy.neighbours import loaded
 from llmlabel.taxonomy.replies import json_values
 
 EXTRACT_COLUMNS = (
@@ -79,7 +79,7 @@ def extract(  # noqa: PLR0913  # what is asked, what is shown, what is kept
     if pool is not None:
         if encoder is None:
             raise ValueError("extract: documents are chosen by similarity; give an encoder=")
-        dataset = _with_similar(dataset, pool, loaded(encoder), n, output)
+        dataset = _with_similar(dataset, pool, models.load_encoder(encoder), n, output)
     shown = ("demonstrations",) if "demonstrations" in dataset.column_names else ()
     require_columns(dataset, *shown)
     path, sha, schema = find_prompt(prompt), prompt_sha(prompt), extract_schema(most)

@@ -5,6 +5,7 @@ What several runs, and the parents of a level, ask in the same round goes to the
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from llmlabel.engine import Reply
 from llmlabel.prompt import Chat, render
 from llmlabel.taxonomy.calls import Answer, Asker
 from llmlabel.taxonomy.guardrails import Limits, Proposal
-from llmlabel.taxonomy.replies import labels_schema, read_labels
+from llmlabel.taxonomy.replies import labels_schema, read_labels, reply_tokens
+
+_log = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------- minibatches
 
@@ -111,6 +114,10 @@ class Level:
         parts = [self._parts(group) for group in groups]
         runs = [run for _, some in parts for run in some]
         total = sum(len(run.batches) + 1 for run in runs)
+        longest = reply_tokens(self._schema("update"))  # a small computer is silent for minutes
+        _log.info(
+            "induce level %d: %d calls, replies of up to %d tokens", self.number, total, longest
+        )
         with progress.task(f"induce level {self.number}", total=total, unit="calls") as advance:
             for batch in range(max(len(run.batches) for run in runs)):
                 now = [run for run in runs if batch < len(run.batches)]
@@ -167,9 +174,7 @@ class Level:
             step,
             [self._chat(step, run, batch) for run in runs],
             lambda number, text: read_labels(text, limits[number]),
-            schema=labels_schema(
-                self.limits, rated=step != "generate", words=self.settings.remark_words
-            ),
+            schema=self._schema(step),
             name=f"{self.number}-{step}" + ("" if batch is None else f"-{batch}"),
         )
         for run, answer in zip(runs, answers, strict=True):
@@ -186,6 +191,11 @@ class Level:
             if answer.value:
                 run.seen.append(answer.value)
             run.history.append(self._entry(run, step, batch, answer, before))
+
+    def _schema(self, step: str) -> dict[str, Any]:
+        return labels_schema(
+            self.limits, rated=step != "generate", words=self.settings.remark_words
+        )
 
     def _limits(self, group: Group) -> Limits:
         return replace(self.limits, taken=group.path)

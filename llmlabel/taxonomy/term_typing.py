@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, List, Value
 from jaxtyping import Float
 
+from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import require_columns, with_columns
 from llmlabel.engine import Engine
@@ -22,7 +23,7 @@ from llmlabel.label.direct import label_direct
 from llmlabel.label.embedding import Encoder, encoder_name, unit_vectors
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
-from llmlabel.taxonomy.neighbours import LabelledTerms, loaded
+from llmlabel.taxonomy.neighbours import LabelledTerms
 
 Matrix = Float[np.ndarray, "terms types"]
 Matrices = Float[np.ndarray, "encoders terms types"]
@@ -163,7 +164,7 @@ def type_terms(  # noqa: PLR0913  # what may be answered, what is shown, when no
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
     """
-    ready = loaded(encoder)
+    ready = models.load_encoder(encoder)
     place = {name: output and output / name for name in ("candidates", "shown", "labels")}
     rows = type_candidates(
         dataset,
@@ -297,7 +298,7 @@ def _labelled(
 
 
 def _cosines(encoder: str | Path | Encoder, texts: list[str], types: LabelSpace) -> Matrix:
-    ready = loaded(encoder)
+    ready = models.load_encoder(encoder)
     return unit_vectors(ready, texts) @ unit_vectors(ready, types.texts()).T
 
 

@@ -24,7 +24,6 @@ from llmlabel.label.concepts import (
 from llmlabel.label.fusion import (
     fit_weights,
     fuse,
-    label_modularity,
     label_similarities,
     positive_only_loss,
     reciprocal_ranks,
@@ -111,7 +110,8 @@ def test_concepts_are_read_from_replies() -> None:
     )
     texts = [*engine.replies, " "]
     table = Dataset.from_dict({"id": texts, "text": texts})
-    got = extract_concepts(table, engine, fields={"a": "what it does", "b": "how"}, block_rows=4)
+    fields = {"a": "what it does", "b": "how"}
+    got = extract_concepts(table, engine, fields=fields, characters=12, block_rows=4)
     assert got["concepts"][:2] == [
         [{"field": "a", "text": "moves water"}, {"field": "b", "text": "pump"}],
         [{"field": "b", "text": "x"}],
@@ -132,7 +132,7 @@ def test_concepts_are_read_from_replies() -> None:
     assert got["reply"][10] is None
     assert engine.schemas[0] == {
         "type": "object",
-        "properties": {"a": {"type": "string"}, "b": {"type": "string"}},
+        "properties": {name: {"type": "string", "maxLength": 12} for name in "ab"},
         "required": ["a", "b"],
         "additionalProperties": False,
     }
@@ -270,34 +270,6 @@ def test_calibration_finds_the_views_that_know_something(seed: int) -> None:
     assert spearmanr(weights, quality).statistic > 0.95
     smoothed = fit_weights(ranks, observed, l2=10.0)
     assert smoothed.max() < weights.max() / 2
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_modularity_equals_the_loop(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    edges, scores = rng.integers(0, 8, (15, 2)), rng.random((8, 3)) * (rng.random((8, 1)) < 0.8)
-    total = scores.sum(axis=1, keepdims=True)
-    shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
-    expected = reference.modularity([tuple(edge) for edge in edges.tolist()], shares.tolist())
-    assert label_modularity(edges, scores) == pytest.approx(expected, abs=1e-12)
-
-
-def test_modularity_of_two_blocks_equals_networkx() -> None:
-    networkx = pytest.importorskip("networkx")
-    rng = np.random.default_rng(0)
-    block = np.arange(40) % 2
-    likely = np.where(block[:, None] == block, 0.4, 0.05)
-    edges = np.argwhere(np.triu(rng.random((40, 40)) < likely, k=1))
-    graph = networkx.Graph(edges.tolist())
-    sets = [set(np.flatnonzero(block == side).tolist()) for side in (0, 1)]
-    expected = networkx.community.modularity(graph, sets)
-    assert expected > 0.2
-    got = label_modularity(edges, 0.3 * np.eye(2)[block])
-    assert got == pytest.approx(expected, abs=1e-9)
-    mixed = label_modularity(edges, rng.random((40, 2)))
-    assert mixed < expected / 2
-    with pytest.raises(ValueError, match="at least one edge"):
-        label_modularity(np.zeros((0, 2), dtype=np.int64), np.eye(2))
 
 
 # ------------------------------------------------------------------------------ concepts to labels

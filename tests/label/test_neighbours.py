@@ -6,9 +6,9 @@ from datasets import Dataset, List, Value
 from reference import neighbours as reference
 
 from llmlabel.data import with_columns
-from llmlabel.label import memory as memories
-from llmlabel.label import neighbours
-from llmlabel.label.memory import finder
+from llmlabel.label import nearest, neighbours
+from llmlabel.label.memory import directions
+from llmlabel.label.nearest import finder
 from llmlabel.label.neighbours import (
     exemplars,
     label_cache,
@@ -17,6 +17,7 @@ from llmlabel.label.neighbours import (
     label_test_time,
     test_time_probs,
 )
+from llmlabel.label.singular import label_singular
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.softlabels import SoftLabels
 
@@ -52,7 +53,7 @@ def case(seed: int, rows: int = 12, pool: int = 20, width: int = 4) -> Any:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_neighbours_equal_the_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memories, "CHUNK", 7)
+    monkeypatch.setattr(nearest, "CHUNK", 7)
     rows, pool, classes, _ = case(seed)
     got = label_neighbours(
         table(rows), table(pool, classes, "p"), LABELS, k=5, scale=9.0, unknown=0.1, block_rows=5
@@ -85,7 +86,7 @@ def test_prototypes_are_made_again_for_the_labels_of_the_row_alone(
 
     def counted(vectors: np.ndarray) -> np.ndarray:
         made.append(len(vectors))
-        return memories.directions(vectors)
+        return directions(vectors)
 
     monkeypatch.setattr(neighbours, "directions", counted)
     labels = load_labels([f"l{i}" for i in range(50)])
@@ -385,6 +386,18 @@ def test_cache_equals_the_written_out_values(seed: int) -> None:
     np.testing.assert_allclose(dense(got), expected, atol=2e-5)
 
 
+def test_part_of_a_large_pool_is_enough_to_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pool, _, names = case(0, pool=400)
+    anchors = table(names).remove_columns("id").add_column("id", ["a", "b", "c"])
+    every = dense(label_cache(table(rows), table(pool, prefix="p"), anchors, LABELS, scale=1.0))
+    monkeypatch.setattr(neighbours, "_CENTRED", 200)
+    some = dense(label_cache(table(rows), table(pool, prefix="p"), anchors, LABELS, scale=1.0))
+    plain = label_cache(
+        table(rows), table(pool, prefix="p"), anchors, LABELS, scale=1.0, centring="none"
+    )
+    assert 0 < np.abs(some - every).max() < 0.2 * np.abs(dense(plain) - every).max()
+
+
 def test_affinity_and_hard_values() -> None:
     """labeling.md 3.5: exp(-(1 - a)) at .8 is .81873; at alpha 0 it is added to the one label."""
     pool, names = table(np.eye(3), prefix="p"), np.eye(3)
@@ -440,6 +453,68 @@ def test_usearch_finds_what_exact_finds() -> None:
         data, given, LABELS, k=5, search="usearch", block_rows=8
     )  # the last alone
     np.testing.assert_allclose(dense(near), dense(exact), atol=1e-6)
+
+
+class Compares:
+    """Answers as faiss does."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors, self.counts = vectors.astype(np.float32), list[int]()
+
+    def search(self, vectors: np.ndarray, count: int, /) -> tuple[np.ndarray, np.ndarray]:
+        self.counts.append(count)
+        cosines = vectors @ self.vectors.T
+        nearest = np.argsort(-cosines, axis=1)[:, :count]
+        filled = np.full((len(vectors), count), -1)
+        filled[:, : nearest.shape[1]] = nearest
+        return np.take_along_axis(cosines, nearest, axis=1), filled
+
+
+def indexed(kind: str, vectors: np.ndarray) -> Any:
+    if kind == "faiss":
+        index = pytest.importorskip("faiss").IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        return index
+    if kind == "usearch":
+        index = pytest.importorskip("usearch.index").Index(ndim=vectors.shape[1], dtype="f16")
+        index.add(np.arange(len(vectors)), vectors)
+        return index
+    return Compares(vectors)
+
+
+@pytest.mark.parametrize("kind", ["plain", "faiss", "usearch"])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_index_of_the_pool_names_its_rows_by_position(seed: int, kind: str) -> None:
+    rows, pool, classes, _ = case(seed, pool=60)
+    gold = [None if i % 3 == 1 else [int(c)] for i, c in enumerate(classes)]  # the last is known
+    given = with_columns(table(pool, prefix="p"), {"gold": (gold, List(Value("int32")))})
+    turned = np.random.default_rng(seed).permutation(59).tolist()  # and the first has no answer
+    given = given.select([59, *turned][:: (-1) ** seed])
+    data = table(np.concatenate([rows, pool[:6]]))
+    texts = [*data["text"][:12], *(f"text p{i:03}" for i in range(6))]
+    data = with_columns(data, {"text": (texts, Value("string"))})
+    index = indexed(kind, np.array(given["vector"][:], dtype=np.float32))
+    for call, options in ((label_neighbours, {"k": 5}), (label_singular, {"dimension": 3.0})):
+        exact = call(data, given, LABELS, **options)
+        near = call(data, given, LABELS, search=index, block_rows=5, **options)
+        np.testing.assert_allclose(dense(near), dense(exact), atol=1e-6)
+        assert near["engine"][0] != exact["engine"][0]
+
+
+def test_more_is_asked_than_votes_and_than_is_the_row_itself() -> None:
+    pool, index = np.eye(60, dtype=np.float32), Compares(np.eye(60))
+    finder(pool, k=3, search=index)(pool[:2], [[1], [4, 5]])
+    assert index.counts == [12, 14]  # the first when it is looked at
+
+
+def test_an_index_of_other_vectors_is_refused() -> None:
+    pool, other = case(0, pool=40, width=30)[1], case(1, pool=40, width=30)[1]
+    with pytest.raises(
+        ValueError, match=r"an index \(Compares\) that does not find the pool's own"
+    ):
+        label_neighbours(
+            table(pool), table(pool, [0] * 40, "p"), LABELS, k=2, search=Compares(other)
+        )
 
 
 def test_a_missing_index_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

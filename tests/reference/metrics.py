@@ -116,3 +116,20 @@ def macro_f1_multilabel(predicted, gold):
     columns = zip(zip(*predicted, strict=True), zip(*gold, strict=True), strict=True)
     values = [f1(p, g) for p, g in columns if any(p) or any(g)]
     return sum(values) / len(values) if values else 0.0
+
+
+def modularity(edges: list[tuple[int, int]], shares: list[list[float]]) -> float:
+    """Sum over all pairs of nodes, as the formula stands; `shares` of each node sum to 1 or 0."""
+    nodes = range(len(shares))
+    adjacent = [[0.0] * len(shares) for _ in nodes]
+    for a, b in edges:
+        adjacent[a][b] += 1
+        adjacent[b][a] += 1
+    degree = [sum(row) for row in adjacent]
+    twice = sum(degree)
+    total = 0.0
+    for i in nodes:
+        for j in nodes:
+            same = sum(a * b for a, b in zip(shares[i], shares[j], strict=True))
+            total += (adjacent[i][j] - degree[i] * degree[j] / twice) * same
+    return total / twice

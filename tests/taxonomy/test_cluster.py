@@ -104,6 +104,23 @@ def test_names() -> None:
     assert (entry["problem"], entry["notes"]) == (None, ["9 texts"])
 
 
+def test_a_text_that_is_there_twice_is_shown_once() -> None:
+    texts = ["cat word0", "cat  word0", "cat word1", "cat word2", "bank word0", "bank word0"]
+    clustered = Dataset.from_dict(
+        {
+            "id": list("abcdef"),
+            "text": texts,
+            "cluster": [0, 0, 0, 0, 1, 1],
+            "centrality": [0.9, 0.9, 0.8, 0.7, 0.9, 0.9],
+        }
+    )
+    engine = Namer(label("Cats"), label("Banks"))
+    got = cluster_taxonomy(clustered, engine, use_case="tests", nearest=2)
+    shown = [chat[-1]["content"].split("\n")[1:-2] for chat in engine.asked]
+    assert shown == [["- cat word0", "- cat word1"], ["- bank word0"]]
+    assert got.history[0]["notes"] == ["4 texts"]
+
+
 def test_the_example_comes_first_and_is_no_answer() -> None:
     described = "How much and how often to water plants"
     example = json.dumps({"name": "watering", "description": described})

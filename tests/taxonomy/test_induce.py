@@ -162,6 +162,23 @@ def test_the_ladder_of_temperatures_and_the_kept_labels() -> None:
     assert got.labels.names == ("one", "review")
 
 
+def test_what_takes_long_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    cut = "text cut: the prompt had 9 tokens, the limit is 8"
+    caplog.set_level("INFO", logger="llmlabel")
+    engine = Scripted(
+        lambda step, n: "??" if n == 0 else Reply(reply("one", step), "stop", cut), holds=False
+    )
+    found(5, engine, max_labels=4)
+    problem = "neither JSON, nor a Markdown table, nor a list of `name: description`"
+    assert caplog.messages == [
+        "induce level 1: 2 calls, replies of up to 879 tokens",
+        f"generate: 1 of 1 replies refused, attempt 1 of 6: {problem}",
+        f"generate: 1 of 1 chats not read whole (show fewer texts, or less of each): {cut}",
+        f"review: 1 of 1 replies refused, attempt 1 of 6: {problem}",
+        f"review: 1 of 1 chats not read whole (show fewer texts, or less of each): {cut}",
+    ]
+
+
 LONG = "word " * 30
 CHINESE = json.dumps({"labels": ["\u8d39\u7528", "\u5361\u7247"]})
 BAD_REPLIES = {

@@ -118,6 +118,8 @@ def test_labels_are_described_by_their_most_central_texts() -> None:
     assert got.names == labels.names
     assert got.ids == labels.ids
     assert got.descriptions == ("it barks; such as: dog", "such as: cat cat / cat sits on", "")
+    twice = Dataset.from_dict({"id": list("abcde"), "text": ["cat  cat", *texts[:4]]})
+    assert with_examples(twice, Counting(), labels, texts=2, words=3) == got
     order = [3, 1, 4, 0, 2]
     assert with_examples(rows.select(order), Counting(), labels, texts=2, words=3) == got
     with pytest.raises(ValueError, match="texts and words must be at least 1; got 0 and 15"):
