@@ -30,6 +30,7 @@ from selection_bed import (
     spread,
     student,
     taught,
+    unlike_teachers,
 )
 from selection_clinc import learning_with_less, queries
 
@@ -108,32 +109,8 @@ def mixed_loss(
 
 def committee(bed: Bed) -> str:
     """Five unlike teachers label 2,400 texts; students of each and of all."""
-    from sklearn.feature_extraction.text import HashingVectorizer
-    from sklearn.linear_model import LogisticRegression
-
     known, fresh = bed.pool.select(range(1200)), bed.pool.select(range(1200, 3600))
-    gold, x = gold_of(known), row_vectors(known)
-    texts = known["text"][:]
-    teachers: dict[str, np.ndarray] = {}
-    for name, rows, options in (
-        ("words", range(600), {"ngram_range": (1, 1)}),
-        ("4-characters", range(600, 1200), {"analyzer": "char_wb", "ngram_range": (4, 4)}),
-    ):
-        reader = HashingVectorizer(n_features=2**16, alternate_sign=False, **options)
-        some = [texts[i] for i in rows]
-        linear = LogisticRegression(C=20, max_iter=300).fit(
-            reader.transform(some), gold[list(rows)]
-        )
-        teachers[name] = linear.predict_proba(reader.transform(fresh["text"][:]))
-    for name, rows in (("head A", range(300)), ("head B", range(600, 900))):
-        head = student(x[list(rows)], one_hot(gold[list(rows)], len(bed.labels)), seed=11)
-        teachers[name] = softmax(head(row_vectors(fresh)))
-    cosine = row_vectors(fresh) @ row_vectors(bed.anchors).T
-    teachers["zero-shot"] = softmax(20 * cosine)
-    sources = {
-        name: SoftLabels.from_dense(probs, bed.labels).add_to(fresh)
-        for name, probs in teachers.items()
-    }
+    sources = unlike_teachers(bed, known, fresh)
     lines = [
         "## A committee of unlike teachers (`aggregate`)",
         "",
