@@ -83,16 +83,14 @@ def isa_part(data: Path) -> list[str]:
 
 def attention_lines(name: str, edges: Edges, encoder: Encoder, unseen: Any, seed: int) -> list[str]:
     with tempfile.TemporaryDirectory() as place:
-        started = time.perf_counter()
         pairs = edges.train_pairs()
         model = fit_isa(pairs, encoder, output=Path(place), unseen=unseen, seed=seed)
-        seconds = time.perf_counter() - started
         isa = load_isa(model)
         names = list(edges.labels.names)
         children = [names[child] for child in edges.asked]
         mass = isa.log_mass(children, names, encoder, itself=edges.asked)
         probs = isa.probability(np.concatenate([*mass])[:, :-1])
-        who = f"attention, unseen={unseen}, seed {seed} ({seconds:.0f} s)"
+        who = f"attention, unseen={unseen}, seed {seed}"
         scores = edges.scores(probs)
         chosen = probs > isa.card["threshold"]
         lines = [f"| {name} | {who} | {edges.edge_scores(chosen)} | {scores} |"]

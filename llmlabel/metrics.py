@@ -204,9 +204,12 @@ def hierarchical_scores(
     return _scores(int(guessed.multiply(true).sum()), int(guessed.sum()), int(true.sum()))
 
 
-def tree_induced_error(predicted: LabelIds, gold: LabelIds, labels: LabelSpace) -> float:
+def tree_induced_error(
+    predicted: LabelIds, gold: LabelIds, labels: LabelSpace, *, power: int = 1
+) -> float:
     """Mean number of edges from the predicted label up to a common ancestor and down to the gold one.
 
+    With `power` 2 it is the mean of its square, which Loki's mean minimises (arXiv 2307.12226).
     Dekel et al. 2004 ("Large margin hierarchical classification"), by the shortest such way where
     labels have several parents. All roots hang below one common point; -1 lies there.
     """
@@ -216,7 +219,7 @@ def tree_induced_error(predicted: LabelIds, gold: LabelIds, labels: LabelSpace) 
     for guess, true in pairs.tolist():
         near, far = sorted((climbs[guess], climbs[true]), key=len)
         edges.append(min(near[node] + far[node] for node in near if node in far))
-    return float(np.average(edges, weights=counts))
+    return float(np.average(np.power(edges, power), weights=counts))
 
 
 def edge_scores(

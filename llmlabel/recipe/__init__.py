@@ -65,7 +65,8 @@ def _find(path: Path) -> Path:
         return path
     here = Path(__file__).parents[1]
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    shipped = {p.relative_to(folder).with_suffix("").as_posix(): p for p in folder.rglob("*.yaml")}
+    files = [file for file in folder.rglob("*.yaml") if file.parent.name != "accelerate"]
+    shipped = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
     if str(path) in shipped:
         return shipped[str(path)]
     known = f"; shipped are {', '.join(sorted(shipped))}" if shipped else ""

@@ -89,6 +89,8 @@ def _source(value: Any, names: _Names, output: Path, *, indent: int, column: int
     if isinstance(value, Call | dict | list | tuple):
         return _source_of_parts(value, names, output, indent=indent, column=column)
     if isinstance(value, Ref):
+        if _has_tuple(value.value):  # this parameter reads the list in the file as tuples
+            return _source_of_parts(value.value, names, output, indent=indent, column=column)
         path = names["pathlib", "Path"]
         return f"{path}({value.name})" if isinstance(value.value, Path) else value.name
     if isinstance(value, Path):
@@ -100,6 +102,13 @@ def _source(value: Any, names: _Names, output: Path, *, indent: int, column: int
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     raise RecipeError(f"a {type(value).__name__} cannot be written as Python; call its class")
+
+
+def _has_tuple(value: Any) -> bool:
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(value, tuple) or (
+        isinstance(parts, list) and any(_has_tuple(part) for part in parts)
+    )
 
 
 def _source_of_parts(

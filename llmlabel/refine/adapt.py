@@ -126,6 +126,27 @@ def confidence_weights(dataset: Dataset, labels: LabelSpace, *, power: float = 2
     return with_columns(dataset, {"weight": (weights, Value("float32"))})
 
 
+def gold_labels(dataset: Dataset, labels: LabelSpace) -> Dataset:
+    """Gold as the soft label, for a student of gold; none where nobody knows it.
+
+    Several gold labels of a row share its probability evenly where labels exclude each other.
+
+    Raises:
+        ValueError: gold of a row is unknown in a multi-label space, where no label means "none".
+    """
+    found = gold_matrix(dataset, labels).astype(np.float64)
+    unknown = [row for row, ids in enumerate(dataset["gold"]) if ids is None]
+    if unknown and labels.multilabel:
+        row = dataset[unknown[0]]
+        raise ValueError(
+            f"gold of the row with id {row.get('id')!r} is unknown; take such rows out, as without "
+            "a label they would say that they have none"
+        )
+    if not labels.multilabel:
+        found /= np.maximum(found.sum(axis=1, keepdims=True), 1)
+    return SoftLabels.from_dense(found, labels).add_to(dataset)
+
+
 def mix_gold(dataset: Dataset, labels: LabelSpace, *, kd_weight: float) -> Dataset:
     """(1 - `kd_weight`) gold + `kd_weight` soft label, as the soft label of each training row.
 

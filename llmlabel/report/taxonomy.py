@@ -46,8 +46,11 @@ def _scores(run: Run, name: str) -> dict[str, Any]:
         return result
     said, gold = run.said[name][run.rows], run.gold
     scores = metrics.hierarchical_scores(said, gold, run.labels)
-    error = metrics.tree_induced_error(said, gold, run.labels)
-    return result | scores | {"tree_induced_error": error}
+    errors = {
+        name: metrics.tree_induced_error(said, gold, run.labels, power=power)
+        for name, power in (("tree_induced_error", 1), ("squared_tree_error", 2))
+    }
+    return result | scores | errors
 
 
 def _answered(run: Run) -> tuple[Cells, Cells]:

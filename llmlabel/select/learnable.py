@@ -72,12 +72,37 @@ class LLKD:
         uncertainty: Float[np.ndarray, " rows"],
     ) -> tuple[Bool[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
         """`step` from the teacher's labels, its confidence and the student's uncertainty."""
-        if not len(label):
-            return np.zeros(0, dtype=bool), np.zeros(0)
-        self.tau_teacher = self._moved(self.tau_teacher, confidence.mean())
-        self.tau_student = self._moved(self.tau_student, uncertainty.mean())
-        self.teacher_means = self._moved_means(self.teacher_means, label, confidence)
-        self.student_means = self._moved_means(self.student_means, label, uncertainty)
+        self.move(self.sums(label, confidence, uncertainty))
+        return self.keep(label, confidence, uncertainty)
+
+    def sums(
+        self,
+        label: Int[np.ndarray, " rows"],
+        confidence: Float[np.ndarray, " rows"],
+        uncertainty: Float[np.ndarray, " rows"],
+    ) -> Float[np.ndarray, "3 labels"]:
+        """Rows, confidence and uncertainty of each label; sums of parts of a batch add up."""
+        weights = (None, confidence, uncertainty)
+        parts = [np.bincount(label, weights=w, minlength=self.n_labels) for w in weights]
+        return np.stack(parts).astype(np.float64)
+
+    def move(self, sums: Float[np.ndarray, "3 labels"]) -> None:
+        """Moves the thresholds by the `sums` of a batch."""
+        count, confidence, uncertainty = sums
+        if not count.sum():
+            return
+        self.tau_teacher = self._moved(self.tau_teacher, confidence.sum() / count.sum())
+        self.tau_student = self._moved(self.tau_student, uncertainty.sum() / count.sum())
+        self.teacher_means = self._moved_means(self.teacher_means, count, confidence)
+        self.student_means = self._moved_means(self.student_means, count, uncertainty)
+
+    def keep(
+        self,
+        label: Int[np.ndarray, " rows"],
+        confidence: Float[np.ndarray, " rows"],
+        uncertainty: Float[np.ndarray, " rows"],
+    ) -> tuple[Bool[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+        """Whether each row is kept by the thresholds as they are, and its weight."""
         teacher_bound = self.teacher_means / max(self.teacher_means.max(), 1e-30) * self.tau_teacher
         student_bound = self.student_means / max(self.student_means.max(), 1e-30) * self.tau_student
         # a threshold that equals its own value in all rows must let them through
@@ -91,11 +116,9 @@ class LLKD:
     def _moved_means(
         self,
         old: Float[np.ndarray, " labels"],
-        label: Int[np.ndarray, " rows"],
-        signal: Float[np.ndarray, " rows"],
+        count: Float[np.ndarray, " labels"],
+        total: Float[np.ndarray, " labels"],
     ) -> Float[np.ndarray, " labels"]:
-        count = np.bincount(label, minlength=self.n_labels)
-        total = np.bincount(label, weights=signal, minlength=self.n_labels)
         new = total / np.maximum(count, 1)
         return np.where(count > 0, self.ema * old + (1 - self.ema) * new, old)
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from llmlabel.labelspace import LabelSpace
 from llmlabel.prompt import render
 from llmlabel.softlabels import SoftLabels
 from llmlabel.taxonomy.calls import Answer, Asker
-from llmlabel.taxonomy.guardrails import Limits, Proposal, first_words, scripts_of
+from llmlabel.taxonomy.guardrails import Limits, Proposal, ReplyError, first_words, scripts_of
 from llmlabel.taxonomy.induce import Taxonomy, new_ids
 from llmlabel.taxonomy.replies import label_schema, read_label
 
@@ -280,7 +281,7 @@ def _named(
         found = asker.ask(
             "name",
             chats,
-            lambda _, text: read_label(text, limits),
+            partial(_read, [shown[cluster] for cluster in waiting], limits),
             schema=label_schema(limits),
             name=f"name-{number}",
         )
@@ -293,6 +294,15 @@ def _named(
         if not waiting:
             break
     return labels, dict(sorted(answers.items()))
+
+
+def _read(shown: Sequence[Sequence[str]], limits: Limits, number: int, reply: str) -> Proposal:
+    """The label of a group; the name of the example only where a text of the group says it."""
+    label = read_label(reply, limits)
+    name = label.names[0].casefold()
+    if name == _EXAMPLE["name"].casefold() and not any(name in t.casefold() for t in shown[number]):
+        raise ReplyError(f"the name {label.names[0]!r} is that of the example, and in no text")
+    return label
 
 
 def _class_tfidf(members: Sequence[Sequence[str]]) -> list[Mapping[str, float]]:

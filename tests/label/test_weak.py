@@ -530,7 +530,9 @@ def test_a_recipe_with_a_misspelt_part_is_refused(
         check(recipe)
 
 
-def test_the_shipped_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_recipe_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path
+) -> None:
     check(load_recipe("weak"))
     monkeypatch.chdir(tmp_path)
     for i in range(12):
@@ -549,6 +551,8 @@ def test_the_shipped_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             "engine={call: llmlabel.engine.fake.FakeEngine}",
             "labels.source=[cat, money, mat]",
             "articles.path=corpus",
+            "parts.shares={some: 1.0}",
+            f"minilm={tiny_encoder}",
             f"functions=[{', '.join(functions)}]",
         ],
     )

@@ -325,3 +325,24 @@ def test_check_runs_nothing(chain: Path, tmp_path: Path) -> None:
         "labels.yaml",
         "texts.jsonl",
     ]
+
+
+def test_lists_that_are_read_as_tuples_are_tuples_in_the_program(tmp_path: Path) -> None:
+    text = """
+edges: [0.1, 0.9]
+source: [x, y]
+labels: {call: llmlabel.labelspace.load_labels, source: "${source}"}
+rows: {call: llmlabel.data.load, path: rows.jsonl}
+taught:
+  call: llmlabel.refine.adapt.adapt_bands
+  dataset: ${rows}
+  labels: ${labels}
+  statistic: max
+  cuts: ${edges}
+  actions: [drop, soften, keep]
+"""
+    recipe = load_recipe(write(tmp_path, text))
+    program = to_python(recipe)
+    assert "cuts=(0.1, 0.9)," in program
+    assert 'actions=("drop", "soften", "keep"),' in program
+    assert "source=source" in program  # a list stays the variable

@@ -11,6 +11,7 @@ from llmlabel.refine.adapt import (
     bands,
     confidence_weights,
     correct_missing,
+    gold_labels,
     missing_labels,
     mix_gold,
 )
@@ -229,3 +230,19 @@ def test_correction_refuses_what_it_cannot_do() -> None:
         correct_missing(table([[1, 0, 0]], gold=[[0]]), LABELS)
     with pytest.raises(ValueError, match="tau must lie strictly between 0 and 1"):
         correct_missing(table([[1, 0, 0]], gold=[[0]], labels=MANY), MANY, tau=1.0)
+
+
+def test_gold_as_soft_labels() -> None:
+    labels = load_labels(["a", "b", "c"])
+    rows = Dataset.from_dict({"id": list("wxyz"), "text": ["t"] * 4})
+    gold = {"gold": ([[1], None, [0, 2], []], List(Value("int32")))}
+    got = SoftLabels.from_dataset(gold_labels(with_columns(rows, gold), labels), labels).dense()
+    np.testing.assert_allclose(got, [[0, 1, 0], [0, 0, 0], [0.5, 0, 0.5], [0, 0, 0]])
+    many = load_labels(["a", "b", "c"], multilabel=True)
+    known = with_columns(rows, gold).select([0, 2, 3])
+    got = SoftLabels.from_dataset(gold_labels(known, many), many).dense()
+    np.testing.assert_allclose(got, [[0, 1, 0], [1, 0, 1], [0, 0, 0]])
+    with pytest.raises(
+        ValueError, match="gold of the row with id 'x' is unknown; take such rows out"
+    ):
+        gold_labels(with_columns(rows, gold), many)

@@ -65,6 +65,7 @@ def test_in_a_hierarchy_answers_are_found_from_the_top_and_near_ones_count(tmp_p
     assert (scores["precision"], scores["recall"]) == (4 / 5, pytest.approx(4 / 7))
     assert scores["f1"] == pytest.approx(8 / 12)
     assert scores["tree_induced_error"] == (0 + 1 + 2 + 1) / 4
+    assert scores["squared_tree_error"] == (0 + 1 + 4 + 1) / 4
     assert scores["at_a_leaf"] == pytest.approx(2 / 3)
     assert tree["sources"]["other"]["f1"] == pytest.approx(2 * 2 / 15)
     assert tree["rows"] == {"a": 3, "a1": 2}
@@ -73,7 +74,7 @@ def test_in_a_hierarchy_answers_are_found_from_the_top_and_near_ones_count(tmp_p
     assert report["summary"]["hierarchical_f1 of student"] == pytest.approx(8 / 12)
     assert sum(map(sum, report["confusion"]["counts"])) == 4
     told = section(html, "hierarchy")
-    assert "student 25.0 % 80.0 % 57.1 % 66.7 % 1.00 66.7 %" in told
+    assert "student 25.0 % 80.0 % 57.1 % 66.7 % 1.00 1.50 66.7 %" in told
     assert "a 3 3 true &lt;b&gt;one&lt;/b&gt; 2 1 true two 0 1 true b 0 1 true b1 0 1 true" in told
     assert "<details open><summary><bdi>a</bdi>" in html
     assert "student 25.0 % (0.6 % to 80.6 %) 66.7 % 1.00 –" in section(html, "costs")  # noqa: RUF001

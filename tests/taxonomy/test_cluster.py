@@ -136,6 +136,16 @@ def test_the_example_comes_first_and_is_no_answer() -> None:
     assert shown == {"name": "Watering", "description": "how much and how often to water plants"}
 
 
+@pytest.mark.parametrize(("text", "name"), [("cat word0", "Cats"), ("watering cats", "Watering")])
+def test_the_name_of_the_example_needs_a_text_that_says_it(text: str, name: str) -> None:
+    clustered = Dataset.from_dict(
+        {"id": ["a", "b"], "text": [text, "bank"], "cluster": [0, 1], "centrality": [0.9, 0.9]}
+    )
+    engine = Namer(label("Watering"), label("Banks"), label("Cats"))
+    got = cluster_taxonomy(clustered, engine, use_case="tests")
+    assert got.labels.names == (name, "Banks")
+
+
 def test_a_taken_name_is_asked_for_again_with_the_others_in_view() -> None:
     engine = Namer(label("Pets"), label("pets"), label("Weather"), label("Cats"))
     clustered = cluster_texts(rows(), Directions(), n_labels=3)
