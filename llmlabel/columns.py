@@ -36,6 +36,8 @@ COLUMNS: dict[str, str] = {
     "select_reason": "string or null: why it was taken or left out",
     "band": "string or null: what was done with the soft label (keep, soften, replace, drop)",
     "added_ids": "list<int32>: labels added to incomplete gold",
+    "suspect": "bool or null: whether early epochs of a student found another label; null = not trained",
+    "memorised": "bool or null: whether the student learned the label all the same",
     "summary": "string or null: what the text is about, in few words",
     "terms": "list<string>: words of the text that name something of its domain",
     "types": "list<string>: the kinds of things that its terms are",
@@ -87,6 +89,7 @@ ADDED_BY = {
     ),
     **dict.fromkeys(("cluster", "centrality"), "llmlabel.taxonomy.cluster.cluster_texts adds it"),
     **dict.fromkeys(("query", "query_reason"), "llmlabel.taxonomy.discover.discover adds it"),
+    **dict.fromkeys(("suspect", "memorised"), "llmlabel.train.memorisation.find_memorised adds it"),
     "summary": "llmlabel.taxonomy.induce.summarise adds it",
     **dict.fromkeys(
         ("terms", "types", "absent_terms"), "llmlabel.taxonomy.ontology.extract adds it"

@@ -9,9 +9,11 @@ ever looked at; the head starts at zero and learns five times as fast; the learn
 and then falls. `bidirectional` removes the causal mask (LS-unLLaMA).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -21,30 +23,33 @@ from torch import Tensor
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import require_columns, save, with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
-from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy
+from llmlabel.loss.robust import TargetMemory, early_learning_penalty
+from llmlabel.loss.soft import (
+    balanced_class_weights,
+    balanced_pos_weight,
+    binary_cross_entropy,
+    smooth,
+    soft_cross_entropy,
+)
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
-from llmlabel.train.network import PAPER_LORA, LoRA, Pooling, load_classifier, student_sha
-from llmlabel.train.settings import Training, settle
+from llmlabel.train.network import load_classifier, student_sha
+from llmlabel.train.settings import EARLY, EarlyLearning, StudentTraining, settle_student
 from llmlabel.train.student import probabilities, train_student, training_rows
 
 
-def train_classifier(  # noqa: PLR0913 - each knob of a training is an override of a recipe
+def train_classifier(
     dataset: Dataset,
     labels: LabelSpace,
     *,
     model: str | Path,
     output: Path,
     validation: Dataset | None = None,
-    pooling: Pooling = "last",
-    bidirectional: bool = False,
-    bidirectional_from: int = 0,
-    lora: LoRA = PAPER_LORA,
-    load_in_4bit: bool = False,
     label_smoothing_factor: float = 0.0,
     class_weights: Literal["balanced"] | None = None,
-    **training: Unpack[Training],
+    early_learning: EarlyLearning | None = None,
+    **training: Unpack[StudentTraining],
 ) -> Path:
     """Trains a student on soft labels and writes its folder.
 
@@ -60,14 +65,11 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         validation: rows with `gold`, or else with soft labels, that no training row repeats. The
             epoch whose mean loss on them is lowest is kept; `early_stopping_patience` epochs without
             a better one end the training.
-        pooling: `last` for decoders (LS-LLaMA), `mean` for sentence encoders.
-        bidirectional: lets every token of a decoder see all others (LS-unLLaMA).
-        bidirectional_from: the first layer, from 0, in which it does.
-        lora: adapter settings.
-        load_in_4bit: keeps the backbone's weights in 4 bits (QLoRA; on a GPU, with bitsandbytes).
         label_smoothing_factor: share of each target that all labels get alike.
-        class_weights: `balanced` multiplies the loss of a label by rows / (labels x its rows).
-        **training: see `llmlabel.train.settings.Training`.
+        class_weights: `balanced` lets all labels count alike (in a multi-label space its positives).
+        early_learning: holds the student to what it said before it learned wrong labels by heart;
+            what it remembers is kept beside the model for `llmlabel.train.memorisation`.
+        **training: see `llmlabel.train.settings.StudentTraining`.
 
     Returns:
         The model folder.
@@ -76,28 +78,63 @@ def train_classifier(  # noqa: PLR0913 - each knob of a training is an override 
         ValueError: no row can be trained on, the labels belong to another label space, a setting
             leaves nothing to train, or a loss is no finite number.
     """
-    settings = settle(training) | {
-        "pooling": pooling,
-        "bidirectional": bidirectional,
-        "bidirectional_from": bidirectional_from,
-        "lora": asdict(lora),
-        "load_in_4bit": load_in_4bit,
+    settings = settle_student(training) | {
         "label_smoothing_factor": label_smoothing_factor,
         "class_weights": class_weights,
+        "early_learning": None if early_learning is None else asdict(early_learning),
     }
     if not 0 <= label_smoothing_factor < 1:
         raise ValueError(
             f"label_smoothing_factor must be at least 0 and below 1; got {label_smoothing_factor}"
         )
     rows = training_rows(dataset, labels)
-    targets = torch.from_numpy(_targets(rows.targets, labels, settings))
-    compare = binary_cross_entropy if labels.multilabel else soft_cross_entropy
+    given = torch.from_numpy(rows.targets)
+    targets = smooth(given, label_smoothing_factor, multilabel=labels.multilabel)
+    weigh: Callable[..., Float[Tensor, " some"]] = soft_cross_entropy
+    if labels.multilabel:
+        weigh = binary_cross_entropy
+    if class_weights == "balanced":
+        counts = given.sum(dim=0)
+        weigh = (
+            partial(weigh, pos_weight=balanced_pos_weight(counts))
+            if labels.multilabel
+            else partial(weigh, class_weights=balanced_class_weights(counts))
+        )
+
+    memory = None
+    if early_learning is not None:
+        memory = TargetMemory(
+            rows.ids,
+            len(labels),
+            beta=early_learning.beta,
+            top_k=early_learning.top_k,
+            multilabel=labels.multilabel,
+        )
 
     def losses(logits: Tensor, chosen: list[int]) -> Float[Tensor, " some"]:
-        return compare(logits, targets[chosen].to(logits))
+        values = weigh(logits, targets[chosen].to(logits))
+        if memory is None or early_learning is None:
+            return values
+        remembered = memory.update(logits.detach(), torch.tensor(chosen))
+        penalty = early_learning_penalty(logits, remembered, multilabel=labels.multilabel)
+        return values + early_learning.penalty_weight * penalty
+
+    def keep_memory(folder: Path) -> None:
+        if memory is not None:
+            everything = torch.arange(len(rows.ids))
+            soft = SoftLabels.from_dense(memory.read(everything).double().numpy(), labels)
+            save(soft.add_to(Dataset.from_dict({"id": rows.ids})), folder / EARLY)
 
     return train_student(
-        rows, labels, losses, settings, model=model, output=output, validation=validation
+        rows,
+        labels,
+        losses,
+        settings,
+        model=model,
+        output=output,
+        validation=validation,
+        memory=memory,
+        keep_more=keep_memory,
     )
 
 
@@ -115,7 +152,7 @@ def predict(
 
     Args:
         dataset: rows with `text`.
-        model: a folder written by `train_classifier`.
+        model: a folder written by `train_classifier`, `distill` or `train_prompt`.
         pass_tokens: padded tokens computed at a time.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks.
@@ -168,19 +205,6 @@ def predict(
         block_rows=block_rows,
         name="predict",
     )
-
-
-def _targets(
-    targets: Float[np.ndarray, "rows labels"], labels: LabelSpace, settings: dict[str, Any]
-) -> Float[np.ndarray, "rows labels"]:
-    """What the losses compare with: smoothed, and each label with its weight."""
-    smooth = settings["label_smoothing_factor"]
-    even = 0.5 if labels.multilabel else 1 / len(labels)
-    found = (1 - smooth) * targets + smooth * even
-    if settings["class_weights"] == "balanced":
-        counts = targets.sum(axis=0)
-        found = found * len(targets) / (len(labels) * np.where(counts > 0, counts, np.inf))
-    return found
 
 
 def _cut_message(tokens: int, limit: int) -> str | None:

@@ -30,16 +30,16 @@ _SAVE_SECONDS = 60.0
 
 @runtime_checkable
 class Memory(Protocol):
-    """What a loss remembers of each row, such as the targets of early-learning regularization."""
+    """What a loss remembers, such as the targets of early-learning regularization."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+    def state_dict(self) -> Any:
+        """What a checkpoint keeps: tensors by name."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Any) -> Any:
         """The opposite."""
 
-    def synchronise(self, add: Callable[[Tensor], Tensor]) -> None:
-        """After an epoch: tells each process what the others saw; `add` sums over processes."""
+    def synchronize(self) -> None:
+        """Tells each process what the others saw; after every epoch and before a checkpoint."""
 
 
 @dataclass(eq=False)
@@ -59,6 +59,8 @@ class Objective:
     losses: Callable[[Any, list[int]], Float[Tensor, " some"]]
     """What the network gave, rows -> the loss of each."""
     memory: Memory | None = None
+    after_update: Callable[[], None] | None = None
+    """Called by all processes when the weights have changed."""
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None
     """The network -> numbers of the validation rows; the lowest `loss` is kept."""
 
@@ -195,6 +197,8 @@ class _Run:
         self.fitted.updates += 1
         self.fitted.epoch_loss += loss
         self.fitted.epoch_weight += total
+        if self.objective.after_update is not None:
+            self.objective.after_update()
         steps = settings["save_steps"]
         self.is_due = some_due > 0 if steps is None else self.fitted.updates % steps == 0
         if self.fitted.updates % settings["logging_steps"] == 0:
@@ -254,8 +258,8 @@ class _Run:
         fitted, objective = self.fitted, self.objective
         fitted.losses.append(fitted.epoch_loss / fitted.epoch_weight)
         fitted.epoch_loss = fitted.epoch_weight = 0.0
-        if objective.memory is not None and fitted.processes > 1:
-            objective.memory.synchronise(lambda values: self.accelerator.reduce(values, "sum"))
+        if objective.memory is not None:
+            objective.memory.synchronize()
         if objective.validate is None:
             return
         self.wrapped.eval()
@@ -291,9 +295,11 @@ class _Run:
     def save(self) -> None:
         """Writes what continues this training, in rank 0."""
         self.saved_at, self.is_due = time.monotonic(), False
+        memory = self.objective.memory
+        if memory is not None:
+            memory.synchronize()
         if not self.accelerator.is_main_process or _is_sharded(self.accelerator):
             return
-        memory = self.objective.memory
         parts: dict[str, dict[str, Tensor]] = {
             "now": dict(self._weights()),
             "best": self.best or {},

@@ -1,7 +1,8 @@
-"""The network of a label-supervised student: backbone, pooling, linear head; and its folder.
+"""The network of a student: backbone, what is trained in or before it, linear head; and its folder.
 
-A model folder holds `adapter_model.safetensors` and `adapter_config.json` (PEFT's format),
-`head.safetensors`, `labels.json` and `model_card.json`, which says how it was made.
+A model folder holds `head.safetensors`, `labels.json`, `model_card.json`, which says how it was made,
+and `adapter_model.safetensors` with `adapter_config.json` (PEFT's format), or `prompt.safetensors`
+where the card's settings have `prompt_tokens`.
 """
 
 import json
@@ -19,11 +20,13 @@ from torch import Tensor
 from llmlabel import models
 from llmlabel.files import commit, write_text
 from llmlabel.labelspace import LabelSpace, save_labels
+from llmlabel.train.soft_prompt import check_prompted, first_prompt, keys_and_values
 
 Pooling = Literal["last", "mean", "max"]
 
-
-_NEEDED = ("model_card.json", "labels.json", "head.safetensors", "adapter_model.safetensors")
+_SHARED = ("model_card.json", "labels.json", "head.safetensors")
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_PROMPT = ("prompt.safetensors",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,48 @@ class LabelSupervised(torch.nn.Module):
             return self.score(pool(hidden.float(), mask, self.pooling))
 
 
+class PromptTuned(torch.nn.Module):
+    """A frozen decoder, a trained prompt before the text, a linear head without bias on its end.
+
+    No text changes the keys and values of what stands before it, so those of the prompt are computed
+    once a pass, for all of its rows.
+
+    Args:
+        backbone: a transformers base model that keeps keys and values.
+        prompt: where the training of the prompt begins.
+        labels: number of labels.
+    """
+
+    def __init__(
+        self, backbone: Any, prompt: Float[Tensor, "prompt width"], *, labels: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(requires_grad=False)
+        self.prompt = torch.nn.Parameter(prompt.detach().float().clone())
+        self.score = torch.nn.Linear(backbone.config.hidden_size, labels, bias=False)
+        torch.nn.init.zeros_(self.score.weight)
+
+    def train(self, mode: bool = True) -> "PromptTuned":  # noqa: FBT001, FBT002  # torch's signature
+        """A frozen backbone drops nothing out."""
+        super().train(mode=mode)
+        self.backbone.eval()
+        return self
+
+    def forward(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows labels"]:
+        """Logits in float32, read at each text's last token."""
+        kept, before = keys_and_values(self.backbone, inputs_embeds=self.prompt[None])
+        kept.batch_repeat_interleave(len(ids))
+        seen = torch.cat([mask.new_ones(len(ids), len(self.prompt)), mask], dim=1)
+        hidden = self.backbone(input_ids=ids, attention_mask=seen, **before).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(pool(hidden.float(), mask, "last"))
+
+
+Student = LabelSupervised | PromptTuned
+
+
 def pool(
     hidden: Float[Tensor, "rows tokens width"], mask: Int[Tensor, "rows tokens"], how: Pooling
 ) -> Float[Tensor, "rows width"]:
@@ -103,7 +148,7 @@ def load_backbone(source: str, *, settings: dict[str, Any]) -> Any:
     backbone = AutoModel.from_pretrained(source, **given)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # never used here, and DDP wants every trained weight to be used
-    if settings["bidirectional"]:
+    if settings.get("bidirectional"):
         see_later_tokens(backbone, first_layer=settings.get("bidirectional_from", 0))
     backbone.config.use_cache = False
     return backbone
@@ -159,14 +204,35 @@ def _four_bits() -> Any:
     )
 
 
-def new_network(
-    model: str, labels: LabelSpace, settings: dict[str, Any]
-) -> tuple[LabelSupervised, Any]:
+def new_network(model: str, labels: LabelSpace, settings: dict[str, Any]) -> tuple[Student, Any]:
     """An untrained student and its tokenizer; adapters draw from torch's global generator."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
     source = models.fetch(model)
+    with models.loading(model):
+        backbone = load_backbone(source, settings=settings)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    prompt = settings.get("prompt_tokens", 0)
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is not None and settings["max_length"] + prompt > limit:
+        what = f" with prompt_tokens={prompt}" if prompt else ""
+        raise ValueError(
+            f"max_length={settings['max_length']}{what} is more than the {limit} tokens of {model}"
+        )
+    if prompt:
+        check_prompted(backbone, model, settings)
+        ids = first_prompt(tokenizer, labels, settings)
+        first = backbone.get_input_embeddings()(torch.tensor(ids))
+        return PromptTuned(backbone, first, labels=len(labels)), tokenizer
+    if settings["gradient_checkpointing"]:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.enable_input_require_grads()
+    return _adapted(backbone, labels, settings), tokenizer
+
+
+def _adapted(backbone: Any, labels: LabelSpace, settings: dict[str, Any]) -> LabelSupervised:
+    from peft import LoraConfig, get_peft_model
+
     lora = settings["lora"]
     config = LoraConfig(
         r=lora["r"],
@@ -175,24 +241,12 @@ def new_network(
         target_modules=lora["targets"],
         task_type="FEATURE_EXTRACTION",
     )
-    with models.loading(model):
-        backbone = load_backbone(source, settings=settings)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    if settings["gradient_checkpointing"]:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        backbone.enable_input_require_grads()
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    if limit is not None and settings["max_length"] > limit:
-        raise ValueError(
-            f"max_length={settings['max_length']} is more than the {limit} tokens of {model}"
-        )
-    network = LabelSupervised(
+    return LabelSupervised(
         get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
     )
-    return network, tokenizer
 
 
-def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]:
+def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
     """A trained student in inference mode, its tokenizer and its model card.
 
     Raises:
@@ -203,60 +257,95 @@ def load_classifier(folder: Path) -> tuple[LabelSupervised, Any, dict[str, Any]]
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    for name in _NEEDED:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"model folder {folder}: {name} is missing; give a folder that train_classifier "
-                "has finished"
-            )
+    _check_there(folder, _SHARED)
     with models.loading(folder):
         card = json.loads((folder / "model_card.json").read_text("utf-8"))
+        own = _own(card["settings"])
+    _check_there(folder, own)
+    with models.loading(folder):
         source = models.fetch(card["model"])
         backbone = load_backbone(source, settings=card["settings"])
-        adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
         head = load_file(folder / "head.safetensors")
-        network = LabelSupervised(
-            adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
-        )
+        network: Student
+        if "prompt_tokens" in card["settings"]:
+            prompt = load_file(folder / "prompt.safetensors")["prompt"]
+            network = PromptTuned(backbone, prompt, labels=len(head["weight"]))
+        else:
+            adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
+            network = LabelSupervised(
+                adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
+            )
         network.score.load_state_dict(head)
         tokenizer = AutoTokenizer.from_pretrained(source)
     return network.to(models.best_device()).eval(), tokenizer, card
 
 
+def _own(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The files of what was trained besides the head."""
+    return _PROMPT if "prompt_tokens" in settings else _ADAPTER
+
+
+def _check_there(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"model folder {folder}: {name} is missing; give a folder of a student whose "
+                "training has finished"
+            )
+
+
 def student_sha(folder: Path) -> str:
     """Stands for what a student's predictions depend on: its own files and its backbone's."""
     card = json.loads((folder / "model_card.json").read_text("utf-8"))
-    names = (*_NEEDED, "adapter_config.json")
+    names = (*_SHARED, *_own(card["settings"]))
     parts = [models.content_sha(folder / name)[:8] for name in names]
     return "".join([*parts, models.model_sha(models.fetch(card["model"]))])
 
 
-def check_output(folder: Path) -> None:
-    """Refuses a folder whose files are not those of a student.
+def check_output(folder: Path, settings: dict[str, Any], *, others: Sequence[str] = ()) -> None:
+    """Refuses a folder whose files are not those of such a student.
+
+    Args:
+        folder: may not be there yet.
+        settings: of the student.
+        others: names of files that its trainer keeps there.
 
     Raises:
         ValueError: names one of them.
     """
-    ours = {*_NEEDED, "adapter_config.json", "kept.json", "value.json"}
+    ours = {*_SHARED, *_own(settings), "kept.json", "value.json", "logs", *others}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name not in ours and not path.name.startswith("."):
             raise ValueError(
-                f"output={folder}: it holds {path.name}, which is no file of a student; "
+                f"output={folder}: it holds {path.name}, which is no file of a student "
+                f"{'with a prompt' if 'prompt_tokens' in settings else 'with adapters'}; "
                 "give a new or empty folder"
             )
 
 
 def save_network(
-    network: LabelSupervised, model: str, labels: LabelSpace, card: dict[str, Any], folder: Path
+    network: Student, model: str, labels: LabelSpace, card: dict[str, Any], folder: Path
 ) -> None:
     """Writes the folder; the model card last, since a folder without it counts as unfinished."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_card.json").unlink(missing_ok=True)
+    if isinstance(network, PromptTuned):
+        prompt = {"prompt": network.prompt.detach().cpu().contiguous()}
+        commit(folder / "prompt.safetensors", lambda path: save_file(prompt, path))
+    else:
+        _save_adapter(network.backbone, model, folder)
+    head = {"weight": network.score.weight.detach().cpu().contiguous()}
+    commit(folder / "head.safetensors", lambda path: save_file(head, path))
+    save_labels(labels, folder / "labels.json")
+    write_text(folder / "model_card.json", json.dumps(card, indent=2))
+
+
+def _save_adapter(backbone: Any, model: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:  # PEFT adds a README.md of its own
         made = Path(place)
-        network.backbone.save_pretrained(made)
+        backbone.save_pretrained(made)
         config = json.loads((made / "adapter_config.json").read_text("utf-8"))
         # PEFT writes a path of this machine and a set in random order.
         config["base_model_name_or_path"] = model.partition("#")[0]
@@ -265,7 +354,3 @@ def save_network(
         write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
         weights = made / "adapter_model.safetensors"
         commit(folder / weights.name, lambda path: shutil.copyfile(weights, path))
-    head = {"weight": network.score.weight.detach().cpu().contiguous()}
-    commit(folder / "head.safetensors", lambda path: save_file(head, path))
-    save_labels(labels, folder / "labels.json")
-    write_text(folder / "model_card.json", json.dumps(card, indent=2))

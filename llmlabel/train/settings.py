@@ -1,11 +1,13 @@
 """How models are trained: the settings of every trainer, their defaults, and what follows from them."""
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
 from llmlabel import models
+from llmlabel.train.network import PAPER_LORA, LoRA, Pooling
 
 Schedule = Literal["linear", "cosine", "constant"]
 NumberFormat = Literal["auto", "float32", "bfloat16"]
@@ -58,6 +60,21 @@ class Training(TypedDict, total=False):
     """Of row order, initial weights and dropout."""
 
 
+class StudentTraining(Training, total=False):
+    """How a backbone with adapters and a head is trained."""
+
+    pooling: Pooling
+    """`last` for decoders (LS-LLaMA), `mean` for sentence encoders."""
+    bidirectional: bool
+    """Lets every token of a decoder see all others (LS-unLLaMA)."""
+    bidirectional_from: int
+    """The first layer, from 0, in which it does."""
+    lora: LoRA
+    """Adapter settings."""
+    load_in_4bit: bool
+    """Keeps the backbone's weights in 4 bits (QLoRA); on a GPU, with bitsandbytes."""
+
+
 _DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 2,
     "max_steps": -1,
@@ -81,15 +98,45 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+EARLY = "early.parquet"
+"""What the network said of the training rows in the early epochs, where that is remembered."""
+
+
+@dataclass(frozen=True)
+class EarlyLearning:
+    """Early-learning regularization (ELR, arXiv 2007.00151); see `llmlabel.loss.robust`."""
+
+    penalty_weight: float = 3.0
+    """Lambda; 0 remembers what the network said and changes nothing."""
+    beta: float = 0.7
+    """Share of the past in what is remembered."""
+    top_k: int | None = None
+    """Labels remembered of each row; null remembers all."""
+
+
+def settle_student(training: StudentTraining) -> dict[str, Any]:
+    """All settings of a student, checked; see `settle`."""
+    settings = settle(
+        training,
+        pooling="last",
+        bidirectional=False,
+        bidirectional_from=0,
+        lora=PAPER_LORA,
+        load_in_4bit=False,
+    )
+    return settings | {"lora": asdict(settings["lora"])}
+
+
 def settle(training: Training, **defaults: Any) -> dict[str, Any]:
-    """All settings, checked; `defaults` are a trainer's own.
+    """All settings, checked; `defaults` are a trainer's own, beside those of all or instead.
 
     Raises:
         ValueError: a name that is none, or a value with which nothing can be trained.
     """
-    if unknown := [name for name in training if name not in _DEFAULTS]:
-        raise ValueError(f"there is no setting {unknown[0]!r}; there are {', '.join(_DEFAULTS)}")
-    settings: dict[str, Any] = {**_DEFAULTS, **defaults, **training}
+    settings: dict[str, Any] = {**_DEFAULTS, **defaults}
+    if unknown := [name for name in training if name not in settings]:
+        raise ValueError(f"there is no setting {unknown[0]!r}; there are {', '.join(settings)}")
+    settings |= training
     if settings["head_learning_rate"] is None:
         settings["head_learning_rate"] = 5 * settings["learning_rate"]
     for name in (

@@ -20,8 +20,9 @@ from llmlabel.labelspace import LabelSpace
 from llmlabel.select import row_weights
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train import checkpoint
-from llmlabel.train.loop import Memory, Objective, fit
+from llmlabel.train.loop import Memory, Objective, fit, trained
 from llmlabel.train.network import check_output, new_network, padded, save_network
+from llmlabel.train.settings import EARLY
 
 Losses = Callable[[Tensor, list[int]], Float[Tensor, " some"]]
 """Logits (rows, labels) and the numbers of their rows -> the loss of each row."""
@@ -82,7 +83,11 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
     output: Path,
     validation: Dataset | None = None,
     memory: Memory | None = None,
+    after_update: Callable[[], None] | None = None,
+    keep_more: Callable[[Path], None] | None = None,
     told: dict[str, Any] | None = None,
+    pos_weight: Float[np.ndarray, " labels"] | None = None,
+    name: str = "train_classifier",
 ) -> Path:
     """Trains a network with any loss and writes its folder; what all trainers of students share.
 
@@ -94,11 +99,16 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         model: see there, as for the next two.
         output: see there.
         validation: see there.
-        memory: what the losses remember of each row.
+        memory: what the losses remember.
+        after_update: see `llmlabel.train.loop.Objective`.
+        keep_more: writes further files of the model into its folder.
         told: more for the model card; the loss must be told, since a checkpoint is only continued
             with the same.
+        pos_weight: what a label's positives count in the validation loss of a multi-label space, as
+            in `losses`.
+        name: of the trainer, for progress and errors.
     """
-    check_output(output)
+    check_output(output, settings, others=[EARLY])
     seen = None if validation is None else _validation(validation, labels, rows)
     with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
         torch.manual_seed(settings["seed"])
@@ -107,9 +117,9 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         tokens = [
             tokenizer(text, truncation=True, max_length=limit).input_ids for text in rows.texts
         ]
-        adapters = [p for p in network.backbone.parameters() if p.requires_grad]
+        before_head = [p for what, p in trained(network).items() if not what.startswith("score.")]
         groups = [
-            {"params": adapters, "lr": settings["learning_rate"]},
+            {"params": before_head, "lr": settings["learning_rate"]},
             {"params": list(network.score.parameters()), "lr": settings["head_learning_rate"]},
         ]
         objective = Objective(
@@ -121,11 +131,13 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
             lambda chosen: padded([tokens[row] for row in chosen]),
             losses,
             memory,
+            after_update,
         )
         if seen is not None:
-            objective.validate = _validator(seen, tokenizer, labels, settings)
+            weight = np.ones(len(labels)) if pos_weight is None else pos_weight
+            objective.validate = _validator(seen, tokenizer, labels, settings, weight)
         key = [models.model_sha(models.fetch(str(model))), labels.fingerprint, rows_sha(rows), told]
-        done = fit(objective, settings, name="train_classifier", key=str(key), output=output)
+        done = fit(objective, settings, name=name, key=str(key), output=output)
     if done.is_main:
         card = {
             "model": str(model),
@@ -145,6 +157,8 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
                 "epochs": done.validation,
                 "best_epoch": done.best_epoch,
             }
+        if keep_more is not None:
+            keep_more(output)
         save_network(network, str(model), labels, card, output)
         checkpoint.remove(output)
     return output
@@ -206,7 +220,11 @@ def _validation(dataset: Dataset, labels: LabelSpace, rows: Rows) -> _Validation
 
 
 def _validator(
-    seen: _Validation, tokenizer: Any, labels: LabelSpace, settings: dict[str, Any]
+    seen: _Validation,
+    tokenizer: Any,
+    labels: LabelSpace,
+    settings: dict[str, Any],
+    pos_weight: Float[np.ndarray, " labels"],
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Mean loss and accuracy, or micro-F1, of the validation rows."""
     limit = settings["max_length"]
@@ -219,7 +237,7 @@ def _validator(
         if not labels.multilabel:
             right = metrics.correct(probs, seen.targets.argmax(axis=1))
             return {"loss": -float(values.sum(axis=1).mean()), "accuracy": float(right.mean())}
-        values += (1 - seen.targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
+        values = values * pos_weight + (1 - seen.targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
         f1 = metrics.micro_f1(probs >= 0.5, seen.targets >= 0.5)
         return {"loss": -float(values.sum(axis=1).mean()), "micro_f1": f1}
 

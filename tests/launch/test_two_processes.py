@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from safetensors.numpy import load_file
 
-from llmlabel.data import save
+from llmlabel.data import read_parquet, save, with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import SoftLabels
+from llmlabel.train.settings import EARLY
 
 pytestmark = pytest.mark.slow
 
@@ -21,19 +22,28 @@ RECIPE = """
 labels: {{call: llmlabel.labelspace.load_labels, source: [animal, money]}}
 rows: {{call: llmlabel.data.load, path: {rows}}}
 student:
-  call: llmlabel.train.classifier.train_classifier
+  call: {call}
   dataset: ${{rows}}
   labels: ${{labels}}
-  model: "{encoder}"
-  pooling: mean
+  model: "{model}"
   lora: {{r: 4, dropout: 0.0}}
   dtype: float32
   learning_rate: 0.005
-  num_train_epochs: 2
-  max_length: 128
+  num_train_epochs: 5
+  max_steps: 24
+  max_length: 64
   per_device_train_batch_size: {batch}
+{more}
 predicted: {{call: llmlabel.train.classifier.predict, dataset: "${{rows}}", model: "${{student}}"}}
 """
+
+PLAIN = "llmlabel.train.classifier.train_classifier"
+WAYS = {
+    "encoder": (PLAIN, "  pooling: mean"),
+    "decoder": (PLAIN, "  bidirectional: true"),
+    "early learning": (PLAIN, "  pooling: mean\n  early_learning: {beta: 0.5}"),
+    "llkd": ("llmlabel.train.distill.distill", "  pooling: mean\n  select: llkd\n  alpha: 0.7"),
+}
 
 
 def run(recipe: Path, output: Path, processes: int) -> str:
@@ -51,17 +61,26 @@ def run(recipe: Path, output: Path, processes: int) -> str:
     return done.stderr
 
 
-def test_two_processes_equal_one(tmp_path: Path, tiny_encoder: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one(
+    tmp_path: Path, tiny_encoder: Path, tiny_decoder: Path, way: str
+) -> None:
+    """After 24 updates, the fifth epoch's first ones among them."""
     labels = load_labels(["animal", "money"])
-    texts = [["the cat sat", "business and money"][i % 2] + " mat" * (i % 5) for i in range(21)]
-    probs = np.array([[0.9, 0.1], [0.2, 0.8]])[np.arange(21) % 2]
-    rows = Dataset.from_dict({"id": [str(i) for i in range(21)], "text": texts})
+    texts = [["the cat sat", "business and money"][i % 2] + " mat" * (i % 5) for i in range(45)]
+    probs = np.array([[0.9, 0.1], [0.2, 0.8]])[np.arange(45) % 2]
+    gold = [[i % 2] if i % 3 else None for i in range(45)]
+    rows = Dataset.from_dict({"id": [str(i) for i in range(45)], "text": texts})
+    rows = with_columns(rows, {"gold": (gold, List(Value("int32")))})
     save(SoftLabels.from_dense(probs, labels).add_to(rows), tmp_path / "rows.parquet")
+    call, more = WAYS[way]
+    model = tiny_decoder if way == "decoder" else tiny_encoder
     folders = {}
     for processes, batch in ((1, 8), (2, 4)):
         recipe = tmp_path / f"p{processes}.yaml"
+        rows_file = tmp_path / "rows.parquet"
         recipe.write_text(
-            RECIPE.format(rows=tmp_path / "rows.parquet", encoder=tiny_encoder, batch=batch)
+            RECIPE.format(rows=rows_file, call=call, more=more, model=model, batch=batch)
         )
         run(recipe, tmp_path / "runs", processes)
         folders[processes] = tmp_path / "runs" / recipe.stem
@@ -73,3 +92,8 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_encoder: Path) -> None:
         assert first.keys() == second.keys()
         for key, value in first.items():
             np.testing.assert_allclose(second[key], value, atol=1e-4, err_msg=key)
+    if way == "early learning":
+        first, second = (read_parquet(folder / EARLY) for folder in (one, two))
+        assert first["label_ids"][:] == second["label_ids"][:]
+        for a, b in zip(first["label_probs"][:], second["label_probs"][:], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)

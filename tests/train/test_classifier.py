@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from llmlabel.engine.fake import FakeEngine
 from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
+from llmlabel.train import checkpoint, classifier
 from llmlabel.train.classifier import predict, train_classifier
-from llmlabel.train.network import LoRA
+from llmlabel.train.network import LabelSupervised, LoRA
+from llmlabel.train.settings import EarlyLearning
 
 LABELS = load_labels(["animal", "money"])
 NO_DROPOUT = LoRA(r=4, alpha=16, dropout=0.0)
@@ -254,3 +257,115 @@ def test_a_student_with_the_labels_of_another(student: Path, tmp_path: Path) -> 
     save_labels(load_labels(["animal", "other"]), mixed / "labels.json")
     with pytest.raises(ValueError, match=r"mixed: labels.json is of label space .* was trained on"):
         predict(table(), model=mixed)
+
+
+# ------------------------------------------------------------- targets, validation, checkpoints
+
+
+def losses_of(
+    monkeypatch: pytest.MonkeyPatch, rows: Dataset, labels: LabelSpace, **given: Any
+) -> Any:
+    """The function that `train_classifier` trains with, and its rows."""
+    found: dict[str, Any] = {}
+
+    def train_student(rows: Any, labels: Any, losses: Any, settings: Any, **more: Any) -> Path:
+        found.update(losses=losses, rows=rows)
+        return Path("model")
+
+    monkeypatch.setattr(classifier, "train_student", train_student)
+    train_classifier(rows, labels, model="m", output=Path("o"), **given)
+    return found
+
+
+def test_smoothing_and_class_weights_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table(9)
+    logits = np.random.default_rng(0).normal(size=(9, 2))
+    found = losses_of(
+        monkeypatch, rows, LABELS, label_smoothing_factor=0.2, class_weights="balanced"
+    )
+    values = found["losses"](torch.from_numpy(logits), list(range(9)))
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = np.array(found["rows"].targets)
+    counts = targets.sum(axis=0)
+    weights = counts.sum() / (2 * counts)
+    expected = -(weights * (0.8 * targets + 0.1) * log_probs).sum(axis=1)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-6)
+    assert weights[1] > 1 > weights[0]
+
+    many = load_labels(["animal", "money"], multilabel=True)
+    rows = SoftLabels.from_dense(targets, many).add_to(rows)
+    found = losses_of(monkeypatch, rows, many, class_weights="balanced")
+    values = found["losses"](torch.from_numpy(logits), list(range(9)))
+    ones = 1 / (1 + np.exp(-logits))
+    positive = targets * (counts.max() / counts) * np.log(ones)
+    expected = -(positive + (1 - targets) * np.log(1 - ones)).sum(axis=1)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-6)
+
+
+def test_early_learning_adds_its_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 2))
+    plain = losses_of(monkeypatch, table(4), LABELS)["losses"]
+    given = {"early_learning": EarlyLearning(penalty_weight=2.0, beta=0.5)}
+    found = losses_of(monkeypatch, table(4), LABELS, **given)["losses"]
+    chosen, target = [2, 0, 3, 1], np.zeros((4, 2))
+    for _ in range(3):
+        logits = logits * 1.5
+        probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        target = 0.5 * target + 0.5 * probs
+        penalty = np.log(1 - (target * probs).sum(axis=1))
+        expected = plain(torch.from_numpy(logits), chosen).numpy() + 2 * penalty
+        got = found(torch.from_numpy(logits), chosen).numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_validation_keeps_the_best_epoch_and_counts_overlap(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    gold = [[i % 2] if i else None for i in range(10)]
+    seen = with_columns(table(10), {"gold": (gold, List(Value("int32")))})
+    with pytest.warns(UserWarning, match="9 of 9 validation rows repeat a training row"):
+        folder = train(table(), tiny_encoder, tmp_path, validation=seen, learning_rate=0.3)
+    card = json.loads((folder / "model_card.json").read_text())
+    told = card["validation"]
+    assert (told["rows"], told["repeat_training_rows"], len(told["epochs"])) == (9, 9, 6)
+    values = [one["loss"] for one in told["epochs"]]
+    assert told["best_epoch"] == int(np.argmin(values))
+    probs = SoftLabels.from_dataset(predict(seen, model=folder), LABELS).dense()[1:]
+    own = -np.log(probs[np.arange(9), [(i + 1) % 2 for i in range(9)]]).mean()
+    assert own == pytest.approx(min(values), rel=1e-3)
+
+    soft = table(6).select([4, 5])
+    strangers = with_columns(
+        soft, {"id": (["a", "b"], Value("string")), "text": (["new", "words"], Value("string"))}
+    )
+    folder = train(table(), tiny_encoder, tmp_path / "soft", validation=strangers)
+    card = json.loads((folder / "model_card.json").read_text())
+    assert card["validation"]["repeat_training_rows"] == 0
+    with pytest.raises(ValueError, match="none of the 1 validation rows has a text and a label"):
+        train(table(), tiny_encoder, tmp_path / "none", validation=seen.select([0]))
+
+
+def test_a_killed_training_continues_to_the_same_bytes(
+    student: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1000))
+
+    def dies(module: Any, inputs: Any) -> None:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: dies(module, inputs) if isinstance(module, LabelSupervised) else None
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(table(), tiny_encoder, tmp_path / "m", save_steps=1)
+    hook.remove()
+    assert (tmp_path / "m" / checkpoint.NAME).is_file()
+    again = train(table(), tiny_encoder, tmp_path / "m", save_steps=1)
+    expected = files(student)
+    card = json.loads(expected["model_card.json"])
+    card["settings"]["save_steps"] = 1
+    assert json.loads(files(again)["model_card.json"]) == card
+    for name in ("head.safetensors", "adapter_model.safetensors"):
+        assert files(again)[name] == expected[name]
+    assert not (again / checkpoint.NAME).exists()

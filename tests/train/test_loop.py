@@ -1,7 +1,6 @@
 """The loop on a network of one layer: every number of it can be computed by hand."""
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ class Counting:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.seen = state["seen"].clone()
 
-    def synchronise(self, add: Callable[[Tensor], Tensor]) -> None:
-        raise AssertionError("there is one process")
+    def synchronize(self) -> None:
+        self.told = self.seen.clone()
 
 
 def objective(*, dropout: float = 0.0, dies_at: int | None = None, **given: Any) -> Objective:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmlabel.train.network import load_backbone, pool
+from llmlabel.train.network import check_output, load_backbone, pool
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -50,3 +50,31 @@ def test_a_pooler_that_is_never_used_is_dropped(tiny_encoder: Path) -> None:
     backbone = load_backbone(str(tiny_encoder), settings={"bidirectional": False})
     assert backbone.pooler is None
     assert backbone(torch.tensor([[5, 6]])).last_hidden_state.shape == (1, 2, 32)
+
+
+def test_a_folder_of_another_kind_of_student_is_refused(tmp_path: Path) -> None:
+    prompted: dict[str, Any] = {"prompt_tokens": 3}
+    for name in ("model_card.json", "head.safetensors", "labels.json", ".checkpoint.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "logs").mkdir()  # a tracker's, of a training that is not finished
+    for settings in ({}, prompted):
+        check_output(tmp_path, settings)
+    (tmp_path / "mine.parquet").touch()
+    check_output(tmp_path, {}, others=["mine.parquet"])
+    with pytest.raises(
+        ValueError, match=r"holds mine.parquet, which is no file of a student with a"
+    ):
+        check_output(tmp_path, {})
+    (tmp_path / "mine.parquet").unlink()
+    (tmp_path / "prompt.safetensors").touch()
+    check_output(tmp_path, prompted)
+    with pytest.raises(
+        ValueError, match=r"prompt.safetensors, .* of a student with adapters; give"
+    ):
+        check_output(tmp_path, {})
+    (tmp_path / "prompt.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    check_output(tmp_path, {})
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors, .* of a student with a prompt;"
+    ):
+        check_output(tmp_path, prompted)
