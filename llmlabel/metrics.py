@@ -233,6 +233,18 @@ def edge_scores(
     return _scores(len(guessed & true), len(guessed), len(true))
 
 
+def span_scores(
+    predicted: Iterable[set[tuple[int, int, int]]], gold: Iterable[set[tuple[int, int, int]]]
+) -> dict[str, float]:
+    """`precision`, `recall` and `f1` over all rows of whole (start, end, label) spans."""
+    pairs = list(zip(predicted, gold, strict=True))
+    return _scores(
+        sum(len(said & true) for said, true in pairs),
+        sum(len(said) for said, _ in pairs),
+        sum(len(true) for _, true in pairs),
+    )
+
+
 def cluster_scores(assigned: LabelIds, gold: LabelIds) -> dict[str, float]:
     """`nmi`, `ami` and `ari` of two groupings, as scikit-learn defines them (arithmetic means).
 

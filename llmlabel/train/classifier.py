@@ -159,6 +159,10 @@ def predict(
     """
     require_columns(dataset, "text")
     network, tokenizer, card = load_classifier(model)
+    if card["settings"].get("task") == "tokens":
+        raise ValueError(
+            f"model folder {model}: it labels spans; use llmlabel.train.tokens.predict_spans"
+        )
     labels = load_labels(model / "labels.json")
     if labels.fingerprint != card["labels"]:
         raise ValueError(

@@ -69,6 +69,31 @@ class LabelSupervised(torch.nn.Module):
             return self.score(pool(hidden.float(), mask, self.pooling))
 
 
+class TokenSupervised(torch.nn.Module):
+    """A backbone, dropout and a linear head for every token.
+
+    Args:
+        backbone: a transformers base model whose output has `last_hidden_state`.
+        tags: number of tags.
+        dropout: before the head; the paper's code has 0.1.
+    """
+
+    def __init__(self, backbone: Any, *, tags: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.backbone, self.dropout = backbone, torch.nn.Dropout(dropout)
+        self.score = torch.nn.Linear(backbone.config.hidden_size, tags)
+        for parameter in self.score.parameters():
+            torch.nn.init.zeros_(parameter)
+
+    def forward(
+        self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows tokens tags"]:
+        """Logits in float32."""
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(self.dropout(hidden.float()))
+
+
 class PromptTuned(torch.nn.Module):
     """A frozen decoder, a trained prompt before the text, a linear head without bias on its end.
 
@@ -108,7 +133,7 @@ class PromptTuned(torch.nn.Module):
             return self.score(pool(hidden.float(), mask, "last"))
 
 
-Student = LabelSupervised | PromptTuned
+Student = LabelSupervised | TokenSupervised | PromptTuned
 
 
 def pool(
@@ -230,7 +255,9 @@ def new_network(model: str, labels: LabelSpace, settings: dict[str, Any]) -> tup
     return _adapted(backbone, labels, settings), tokenizer
 
 
-def _adapted(backbone: Any, labels: LabelSpace, settings: dict[str, Any]) -> LabelSupervised:
+def _adapted(
+    backbone: Any, labels: LabelSpace, settings: dict[str, Any]
+) -> LabelSupervised | TokenSupervised:
     from peft import LoraConfig, get_peft_model
 
     lora = settings["lora"]
@@ -241,9 +268,20 @@ def _adapted(backbone: Any, labels: LabelSpace, settings: dict[str, Any]) -> Lab
         target_modules=lora["targets"],
         task_type="FEATURE_EXTRACTION",
     )
-    return LabelSupervised(
-        get_peft_model(backbone, config), labels=len(labels), pooling=settings["pooling"]
-    )
+    outputs = 2 * len(labels) + 1 if _is_tagger(settings) else len(labels)
+    return _with_head(get_peft_model(backbone, config), outputs, settings)
+
+
+def _with_head(
+    adapted: Any, outputs: int, settings: dict[str, Any]
+) -> LabelSupervised | TokenSupervised:
+    if _is_tagger(settings):
+        return TokenSupervised(adapted, tags=outputs)
+    return LabelSupervised(adapted, labels=outputs, pooling=settings["pooling"])
+
+
+def _is_tagger(settings: dict[str, Any]) -> bool:
+    return settings.get("task") == "tokens"
 
 
 def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
@@ -272,9 +310,7 @@ def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
             network = PromptTuned(backbone, prompt, labels=len(head["weight"]))
         else:
             adapted = cast(Any, PeftModel.from_pretrained(backbone, folder)).merge_and_unload()
-            network = LabelSupervised(
-                adapted, labels=len(head["weight"]), pooling=card["settings"]["pooling"]
-            )
+            network = _with_head(adapted, len(head["weight"]), card["settings"])
         network.score.load_state_dict(head)
         tokenizer = AutoTokenizer.from_pretrained(source)
     return network.to(models.best_device()).eval(), tokenizer, card
@@ -336,7 +372,7 @@ def save_network(
         commit(folder / "prompt.safetensors", lambda path: save_file(prompt, path))
     else:
         _save_adapter(network.backbone, model, folder)
-    head = {"weight": network.score.weight.detach().cpu().contiguous()}
+    head = {name: p.detach().cpu().contiguous() for name, p in network.score.named_parameters()}
     commit(folder / "head.safetensors", lambda path: save_file(head, path))
     save_labels(labels, folder / "labels.json")
     write_text(folder / "model_card.json", json.dumps(card, indent=2))

@@ -81,7 +81,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
     *,
     model: str | Path,
     output: Path,
-    validation: Dataset | None = None,
+    validation: "Dataset | Validation | None" = None,
     memory: Memory | None = None,
     after_update: Callable[[], None] | None = None,
     keep_more: Callable[[Path], None] | None = None,
@@ -109,7 +109,10 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         name: of the trainer, for progress and errors.
     """
     check_output(output, settings, others=[EARLY])
-    seen = None if validation is None else _validation(validation, labels, rows)
+    seen = validation
+    if isinstance(seen, Dataset):
+        weight = np.ones(len(labels)) if pos_weight is None else pos_weight
+        seen = _validation(seen, labels, rows, settings, weight)
     with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
         torch.manual_seed(settings["seed"])
         network, tokenizer = new_network(str(model), labels, settings)
@@ -134,8 +137,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
             after_update,
         )
         if seen is not None:
-            weight = np.ones(len(labels)) if pos_weight is None else pos_weight
-            objective.validate = _validator(seen, tokenizer, labels, settings, weight)
+            objective.validate = seen.validate(tokenizer)
         key = [models.model_sha(models.fetch(str(model))), labels.fingerprint, rows_sha(rows), told]
         done = fit(objective, settings, name=name, key=str(key), output=output)
     if done.is_main:
@@ -152,7 +154,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         }
         if seen is not None:
             card["validation"] = {
-                "rows": len(seen.texts),
+                "rows": seen.rows,
                 "repeat_training_rows": seen.overlap,
                 "epochs": done.validation,
                 "best_epoch": done.best_epoch,
@@ -184,14 +186,39 @@ def _without_rows(rows: Rows, labels: LabelSpace) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Validation:
-    texts: list[str]
-    targets: Float[np.ndarray, "rows labels"]
+class Validation:
+    """Rows that are not trained on, and how good a network is on them."""
+
+    rows: int
     overlap: int
+    """Rows that repeat a training row."""
+    validate: Callable[[Any], Callable[[torch.nn.Module], dict[str, float]]]
+    """The tokenizer -> what an `Objective` takes as `validate`."""
 
 
-def _validation(dataset: Dataset, labels: LabelSpace, rows: Rows) -> _Validation:
-    """Rows with gold, or with soft labels where there is no gold."""
+def repeated(ids: list[str | None], texts: list[str], rows: Rows) -> int:
+    """Of validation rows, how many have the id or the words of a training row; warned of."""
+    mine, words = set(rows.ids), {plain_words(text) for text in rows.texts}
+    overlap = sum(
+        id in mine or plain_words(text) in words for id, text in zip(ids, texts, strict=True)
+    )
+    if overlap:
+        warnings.warn(
+            f"{overlap} of {len(texts)} validation rows repeat a training row by their id or words, "
+            "so that their loss says too little; take them out of one of both",
+            stacklevel=5,
+        )
+    return overlap
+
+
+def validation_rows(
+    dataset: Dataset, labels: LabelSpace
+) -> tuple[list[str | None], list[str], Float[np.ndarray, "rows labels"]]:
+    """Ids, texts and targets of the rows with gold, or with soft labels where there is no gold.
+
+    Raises:
+        ValueError: none has a text and a label.
+    """
     require_columns(dataset, "text")
     if "gold" in dataset.column_names:
         known = dataset.filter(lambda gold: gold is not None, input_columns="gold")
@@ -204,44 +231,39 @@ def _validation(dataset: Dataset, labels: LabelSpace, rows: Rows) -> _Validation
     kept = [i for i, text in enumerate(texts) if text.strip() and some[i]]
     if not kept:
         raise ValueError(f"none of the {len(dataset)} validation rows has a text and a label")
-    mine, words = set(rows.ids), {plain_words(text) for text in rows.texts}
     ids = known["id"][:] if "id" in known.column_names else [None] * len(known)
-    overlap = sum(ids[i] in mine or plain_words(texts[i]) in words for i in kept)
-    if overlap:
-        warnings.warn(
-            f"{overlap} of {len(kept)} validation rows repeat a training row by their id or words, so "
-            "that their loss says too little; take them out of one of both",
-            stacklevel=4,
-        )
     targets = targets[kept]
     if not labels.multilabel:
         targets = targets / targets.sum(axis=1, keepdims=True)
-    return _Validation([texts[i] for i in kept], targets, overlap)
+    return [ids[i] for i in kept], [texts[i] for i in kept], targets
 
 
-def _validator(
-    seen: _Validation,
-    tokenizer: Any,
+def _validation(
+    dataset: Dataset,
     labels: LabelSpace,
+    rows: Rows,
     settings: dict[str, Any],
     pos_weight: Float[np.ndarray, " labels"],
-) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Mean loss and accuracy, or micro-F1, of the validation rows."""
+) -> Validation:
+    ids, texts, targets = validation_rows(dataset, labels)
     limit = settings["max_length"]
-    tokens = [tokenizer(text, truncation=True, max_length=limit).input_ids for text in seen.texts]
 
-    def validate(network: torch.nn.Module) -> dict[str, float]:
-        probs = probabilities(network, tokens, labels, settings["pass_tokens"])
-        sure = np.clip(probs, 1e-12, 1.0)
-        values = seen.targets * np.log(sure)
+    def measured(probs: Float[np.ndarray, "rows labels"]) -> dict[str, float]:
+        values = targets * np.log(np.clip(probs, 1e-12, 1.0))
         if not labels.multilabel:
-            right = metrics.correct(probs, seen.targets.argmax(axis=1))
+            right = metrics.correct(probs, targets.argmax(axis=1))
             return {"loss": -float(values.sum(axis=1).mean()), "accuracy": float(right.mean())}
-        values = values * pos_weight + (1 - seen.targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
-        f1 = metrics.micro_f1(probs >= 0.5, seen.targets >= 0.5)
+        values = values * pos_weight + (1 - targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
+        f1 = metrics.micro_f1(probs >= 0.5, targets >= 0.5)
         return {"loss": -float(values.sum(axis=1).mean()), "micro_f1": f1}
 
-    return validate
+    def validate(tokenizer: Any) -> Callable[[torch.nn.Module], dict[str, float]]:
+        tokens = [tokenizer(text, truncation=True, max_length=limit).input_ids for text in texts]
+        return lambda network: measured(
+            probabilities(network, tokens, labels, settings["pass_tokens"])
+        )
+
+    return Validation(len(texts), repeated(ids, texts, rows), validate)
 
 
 @torch.inference_mode()
