@@ -92,6 +92,12 @@ def overrides(name: str, tiny_encoder: Path, tiny_decoder: Path) -> list[str]:
             "tree.source=[{id: thing}, {id: cat, parent: thing}, {id: mat, parent: thing}, "
             "{id: money}]",
         ],
+        "otseq2set": [
+            "labeled={call: llmlabel.label.direct.label_direct, dataset: "
+            "{call: llmlabel.data.load, path: texts.jsonl}, "
+            "engine: {call: llmlabel.engine.fake.FakeEngine}, labels: '${labels}'}",
+            *small,
+        ],
         "patent_sdg": [*news, *FAKE, "texts.shares={known: 0.5, test: 0.4, left: 0.1}"],
         "ptec": [
             *FAKE,
@@ -186,6 +192,7 @@ def test_all_recipes_are_found() -> None:
         "loki",
         "missing_labels",
         "ontology",
+        "otseq2set",
         "patent_sdg",
         "pruning",
         "ps_ttl",
@@ -207,9 +214,7 @@ def test_all_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_python_equals_run(
-    path: Path, place: Path, tiny_encoder: Path, tiny_decoder: Path
-) -> None:
+def test_python_equals_run(path: Path, place: Path, tiny_encoder: Path, tiny_decoder: Path) -> None:
     recipe = load_recipe(str(path), overrides(path.stem, tiny_encoder, tiny_decoder))
     check(recipe)
     program = to_python(recipe, output=Path("by-python"))

@@ -1,0 +1,536 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, List, Value
+
+from llmlabel.data import with_columns
+from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.loss.sets import set_cross_entropy, transport_loss
+from llmlabel.softlabels import SoftLabels
+from llmlabel.train import checkpoint
+from llmlabel.train.network import LoRA
+from llmlabel.train.seq2set import (
+    label_sets,
+    predict_label_sets,
+    said_probs,
+    set_losses,
+    train_seq2set,
+)
+from llmlabel.train.set_decoder import SetDecoder, TextToSet, load_set_decoder
+
+LABELS = load_labels(["cat", "mat", "money"], multilabel=True)
+WEIGHTS = "set_decoder.safetensors"
+
+KINDS = [
+    ("the cat sat", [0]),
+    ("the cat sat on the mat", [0, 1]),
+    ("business and sports", [2]),
+    ("the cat sat on the mat and business and sports", [0, 1, 2]),
+    ("a catfish is no", []),
+]
+
+
+def table(rows: int = 30) -> Dataset:
+    """Texts of 0 to 3 things; who is in the set has 0.9, who is not 0.1."""
+    texts = [f"{KINDS[i % 5][0]} {i // 5}" for i in range(rows)]
+    probs = np.where(members(rows), 0.9, 0.1)
+    ids = [f"r{i}" for i in range(rows)]
+    return SoftLabels.from_dense(probs, LABELS).add_to(
+        Dataset.from_dict({"id": ids, "text": texts})
+    )
+
+
+def members(rows: int = 30) -> np.ndarray:
+    found = np.zeros((rows, 3), dtype=bool)
+    for row in range(rows):
+        found[row, KINDS[row % 5][1]] = True
+    return found
+
+
+def train(
+    dataset: Dataset, model: Path, output: Path, labels: LabelSpace = LABELS, **given: Any
+) -> Path:
+    arguments = {
+        "head_learning_rate": 0.02,
+        "num_train_epochs": 25,
+        "dtype": "float32",
+        "per_device_train_batch_size": 10,
+        "max_length": 128,
+        "width": 24,
+        "dropout": 0.1,
+    }
+    return train_seq2set(dataset, labels, model=str(model), output=output, **{**arguments, **given})
+
+
+def dense(rows: Dataset) -> np.ndarray:
+    return SoftLabels.from_dataset(rows, LABELS).dense()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_card.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(table(), tiny_encoder, tmp_path_factory.mktemp("student") / "model")
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def test_it_learns_sets_of_any_size(student: Path) -> None:
+    got = predict_label_sets(table(), model=student)
+    said = [sorted(ids) for ids in got["label_ids"]]
+    assert said == [KINDS[row % 5][1] for row in range(30)]
+    assert set(got["error"]) == {None}
+    assert got["engine"][0].startswith("student:tiny-encoder")
+    card = card_of(student)
+    assert card["settings"]["max_labels"] == 3
+    assert card["sets"] == {"empty": 6, "largest": 3, "cut": 0}
+    assert card["loss"][-1] < 0.2 * card["loss"][0]
+
+
+@pytest.mark.parametrize("scheme", ["all", "first_n"])
+def test_hard_labels_and_adapters(tiny_decoder: Path, tmp_path: Path, scheme: str) -> None:
+    hard = SoftLabels.from_dense(members().astype(float), LABELS).add_to(table())
+    lora = LoRA(r=4, alpha=16, dropout=0.0)
+    folder = train(hard, tiny_decoder, tmp_path, lora=lora, scheme=scheme, learning_rate=1e-3)
+    # a row whose labels are all stored as 0 has no soft label, and is not trained on
+    assert card_of(folder)["rows"] == {"given": 30, "trained": 24}
+    said = dense(predict_label_sets(hard, model=folder)) > 0
+    full = members().any(axis=1)
+    np.testing.assert_array_equal(said[full], members()[full])
+    names = load_set_decoder(folder)[0].state_dict()
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in names.items())
+
+
+def test_the_order_of_a_set_changes_nothing(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = table()
+    orders = [rng.permutation(len(ids)) for ids in rows["label_ids"]]
+    assert any(order.tolist() != sorted(order) for order in orders)
+    mixed = with_columns(
+        rows,
+        {
+            name: (
+                [
+                    [values[i] for i in order]
+                    for values, order in zip(rows[name], orders, strict=True)
+                ],
+                List(Value(kind)),
+            )
+            for name, kind in (("label_ids", "int32"), ("label_probs", "float32"))
+        },
+    )
+    assert mixed["label_ids"][:] != rows["label_ids"][:]
+    assert files(train(mixed, tiny_encoder, tmp_path)) == files(student)
+
+
+def test_another_seed_is_another_decoder(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    other = train(table(), tiny_encoder, tmp_path, seed=1, num_train_epochs=1)
+    assert files(other)[WEIGHTS] != files(student)[WEIGHTS]
+
+
+def test_gold_and_rows_of_weight_zero_are_not_read(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    probs = np.vstack([np.where(members(), 0.9, 0.1), np.full((5, 3), 0.9)])
+    more = SoftLabels.from_dense(probs, LABELS).add_to(table(35))
+    more = with_columns(
+        more,
+        {
+            "weight": ([1.0] * 30 + [0.0] * 5, Value("float32")),
+            "gold": ([[i % 3] for i in range(35)], List(Value("int32"))),
+        },
+    )
+    found = train(more, tiny_encoder, tmp_path)
+    assert files(found)[WEIGHTS] == files(student)[WEIGHTS]
+    assert card_of(found)["rows"] == {"given": 35, "trained": 30}
+
+
+def test_sets_that_are_too_large_are_counted(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = train(table(), tiny_encoder, tmp_path, max_labels=2)
+    assert card_of(folder)["sets"] == {"empty": 6, "largest": 3, "cut": 6}
+    sizes = [len(ids) for ids in predict_label_sets(table(), model=folder)["label_ids"]]
+    assert max(sizes) == 2
+
+
+def test_the_frozen_backbone_stays_and_the_folder_holds_only_the_decoder(student: Path) -> None:
+    network, *_ = load_set_decoder(student)
+    from safetensors.torch import load_file
+
+    kept = load_file(student / WEIGHTS)
+    assert {name.partition(".")[0] for name in kept} == {"decoder"}
+    for name, value in network.state_dict().items():
+        if name in kept:
+            assert torch.equal(value, kept[name])
+    vectors = kept["decoder.vectors"]
+    np.testing.assert_allclose(vectors.norm(dim=1), [1, 1, 1, 0], atol=1e-6)
+    assert network.train().backbone.training is False
+
+
+def test_label_vectors_of_an_encoder(tiny_encoder: Path, tmp_path: Path) -> None:
+    class Fixed:
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            assert texts == list(LABELS.names)
+            return np.eye(5)[:3]
+
+    folder = train(table(), tiny_encoder, tmp_path, label_encoder=Fixed(), num_train_epochs=1)
+    vectors = load_set_decoder(folder)[0].decoder.vectors
+    np.testing.assert_array_equal(vectors, np.vstack([np.eye(5)[:3], np.zeros(5)]))
+
+
+def test_accumulated_batches_equal_one_large_batch(tiny_encoder: Path, tmp_path: Path) -> None:
+    given = {"num_train_epochs": 2, "dropout": 0.0}
+    large = train(table(), tiny_encoder, tmp_path / "l", **given)
+    small = train(
+        table(),
+        tiny_encoder,
+        tmp_path / "s",
+        **given,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=5,
+    )
+    one, two = (load_set_decoder(folder)[0].state_dict() for folder in (large, small))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+def killed(forward: int, dataset: Dataset, model: Path, output: Path, **given: Any) -> None:
+    """Trains until the network has been asked so often."""
+    calls = iter(range(10_000))
+
+    def dies(module: Any, inputs: Any) -> None:
+        if isinstance(module, TextToSet) and next(calls) == forward:
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, model, output, **given)
+    hook.remove()
+    assert (output / checkpoint.NAME).is_file()
+    assert not (output / WEIGHTS).exists()
+
+
+def test_a_killed_training_continues_to_the_same_weights(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    killed(17, table(), tiny_encoder, tmp_path, save_steps=2)  # in the middle of an epoch
+    counted = []
+
+    def counts(module: Any, inputs: Any) -> None:
+        if isinstance(module, TextToSet):
+            counted.append(module)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(counts)
+    again = train(table(), tiny_encoder, tmp_path, save_steps=2)
+    hook.remove()
+    assert len(counted) == 25 * 3 - 16  # it went on after 16 updates
+    one, two = (load_set_decoder(folder)[0].state_dict() for folder in (student, again))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=0)
+    assert not (again / checkpoint.NAME).exists()
+    assert card_of(again)["loss"] == pytest.approx(card_of(student)["loss"], rel=1e-6)
+
+
+def test_a_checkpoint_of_others_is_not_continued(tiny_encoder: Path, tmp_path: Path) -> None:
+    class Turned:
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            return np.eye(3)[::-1].copy()
+
+    short = {"num_train_epochs": 2, "save_steps": 1}
+    other = SoftLabels.from_dense(np.where(members(), 0.1, 0.9), LABELS).add_to(table())
+    for number, (rows, given) in enumerate(
+        [(other, {}), (table(), {"label_encoder": Turned()}), (table(), {"transport_weight": 1.0})]
+    ):
+        place = tmp_path / str(number)
+        killed(4, table(), tiny_encoder, place, **short)
+        found = train(rows, tiny_encoder, place, **short, **given)
+        fresh = train(rows, tiny_encoder, tmp_path / f"fresh {number}", **short, **given)
+        assert files(found) == files(fresh)
+
+
+def test_validation_keeps_the_best_epoch(tiny_encoder: Path, tmp_path: Path) -> None:
+    truth = members(10)
+    truth[::3, 0] ^= True  # what was learned ever better is wrong here
+    gold = [np.flatnonzero(row).tolist() for row in truth]
+    seen = with_columns(
+        table(10),
+        {
+            "gold": (gold, List(Value("int32"))),
+            "id": ([f"v{i}" for i in range(10)], Value("string")),
+            "text": ([f"{text} new" for text in table(10)["text"]], Value("string")),
+        },
+    )
+    folder = train(table(), tiny_encoder, tmp_path, validation=seen, head_learning_rate=0.1)
+    told = card_of(folder)["validation"]
+    assert (told["rows"], told["repeat_training_rows"], len(told["epochs"])) == (10, 0, 25)
+    values = [one["loss"] for one in told["epochs"]]
+    assert told["best_epoch"] == int(np.argmin(values)) < 24
+    network, tokenizer, *_ = load_set_decoder(folder)
+    sets = label_sets(truth.astype(float), places=3)
+    total, right, guessed = 0.0, 0, 0
+    for row, text in enumerate(seen["text"]):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.inference_mode():
+            logits = network(ids, torch.ones_like(ids))
+        total += float(set_cross_entropy(logits, sets[[row]], empty=3))
+        total += 8 * float(transport_loss(logits, sets[[row]], network.decoder.vectors))
+        said = said_probs(logits)[0] > 0
+        right, guessed = right + int((said & truth[row]).sum()), guessed + int(said.sum())
+    assert total / 10 == pytest.approx(min(values), rel=1e-4)
+    f1 = 2 * right / (guessed + int(truth.sum()))
+    assert told["epochs"][told["best_epoch"]]["micro_f1"] == pytest.approx(f1)
+
+
+# -------------------------------------------------------------------------------------- prediction
+
+
+def test_predictions_do_not_depend_on_batch_padding_or_order(student: Path) -> None:
+    rows = table()
+    whole = dense(predict_label_sets(rows, model=student))
+    for given in ({"pass_tokens": 1}, {"block_rows": 7}, {"pass_tokens": 100_000}):
+        other = dense(predict_label_sets(rows, model=student, **given))
+        np.testing.assert_allclose(other, whole, atol=1e-6)
+    back = predict_label_sets(rows.select(range(29, -1, -1)), model=student)
+    np.testing.assert_allclose(dense(back)[::-1], whole, atol=1e-6)
+    again = predict_label_sets(rows, model=student)
+    assert again.to_dict() == predict_label_sets(rows, model=student).to_dict()
+
+
+def test_a_label_is_said_once_with_the_probability_of_its_first_step() -> None:
+    logits = torch.log(
+        torch.tensor(
+            [
+                [[0.1, 0.6, 0.3], [0.2, 0.7, 0.1], [0.45, 0.25, 0.3], [0.8, 0.1, 0.1]],
+                [[0.1, 0.2, 0.7], [0.1, 0.2, 0.7], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]],
+                [[0.1, 0.2, 0.7]] * 4,
+            ]
+        )
+    )
+    np.testing.assert_allclose(said_probs(logits), [[0.45, 0.6], [0, 0.4], [0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_label_twice_whatever_the_decoder_says(student: Path, tmp_path: Path, seed: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(student, tmp_path / "m")
+    rng = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / WEIGHTS)
+    for name in ("decoder.score.weight", "decoder.cell.weight_ih", "decoder.cell.weight_hh"):
+        tensors[name] = torch.randn(tensors[name].shape, generator=rng)
+    save_file(tensors, folder / WEIGHTS)
+    got = predict_label_sets(table(), model=folder)
+    network, tokenizer, *_ = load_set_decoder(folder)
+    repeats = 0
+    for row, text in enumerate(table()["text"]):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.inference_mode():
+            steps = network(ids, torch.ones_like(ids))[0].softmax(dim=1).tolist()
+        expected: dict[int, float] = {}
+        for probs in steps:
+            answer = int(np.argmax(probs))
+            repeats += answer in expected
+            if answer < 3 and answer not in expected:
+                expected[answer] = probs[answer]
+        assert len(got["label_ids"][row]) == len(expected)
+        found = dict(zip(got["label_ids"][row], got["label_probs"][row], strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+    if seed == 0:
+        assert repeats > 0
+
+
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-values))
+
+
+def one_text(decoder: SetDecoder, states: np.ndarray) -> np.ndarray:
+    """The logits of one text's steps, from the equations of attention and GRU."""
+    w = {name: value.detach().double().numpy() for name, value in decoder.state_dict().items()}
+    width = len(w["query.bias"])
+    hidden = np.tanh(w["first.weight"] @ states.mean(axis=0) + w["first.bias"])
+    last, found = w["before"], []
+    for _ in range(decoder.steps):
+        query = w["query.weight"] @ hidden + w["query.bias"]
+        energy = [w["energy.weight"][0] @ np.tanh(w["keys.weight"] @ s + query) for s in states]
+        share = np.exp(energy) / np.exp(energy).sum()
+        context = share @ states
+        new = w["cell.weight_ih"] @ np.concatenate([last, context]) + w["cell.bias_ih"]
+        old = w["cell.weight_hh"] @ hidden + w["cell.bias_hh"]
+        reset, update = (sigmoid(new[at : at + width] + old[at : at + width]) for at in (0, width))
+        candidate = np.tanh(new[2 * width :] + reset * old[2 * width :])
+        hidden = (1 - update) * candidate + update * hidden
+        logits = w["score.weight"] @ np.concatenate([hidden, context]) + w["score.bias"]
+        found.append(logits)
+        last = w["vectors"][logits.argmax()]
+    return np.array(found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_decoder_equals_its_equations(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels, text, width, steps = rng.integers(2, 7, size=4).tolist()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vectors = torch.randn(labels, 3)
+        decoder = SetDecoder(vectors, text_width=text, width=width, steps=steps, dropout=0.3)
+        for parameter in decoder.parameters():
+            torch.nn.init.normal_(parameter)
+    decoder = decoder.double().eval()
+    texts = [rng.normal(size=(count, text)) for count in rng.integers(1, 6, size=4)]
+    states = torch.full((4, max(map(len, texts)), text), 1e3, dtype=torch.float64)
+    mask = torch.zeros(states.shape[:2], dtype=torch.long)
+    for row, own in enumerate(texts):
+        states[row, : len(own)], mask[row, : len(own)] = torch.from_numpy(own), 1
+    with torch.no_grad():
+        got = decoder(states, mask).numpy()
+    for row, own in enumerate(texts):
+        np.testing.assert_allclose(got[row], one_text(decoder, own), rtol=1e-9, atol=1e-9)
+
+
+def test_the_decoder_is_fed_its_own_answers_or_what_it_is_told() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = SetDecoder(torch.eye(4), text_width=6, width=8, steps=3, dropout=0.5).eval()
+        torch.nn.init.normal_(decoder.score.weight, std=2.0)
+        states, mask = torch.randn(5, 7, 6), torch.ones(5, 7, dtype=torch.long)
+    logits = decoder(states, mask)
+    said = logits.argmax(dim=2)
+    torch.testing.assert_close(decoder(states, mask, said), logits)
+    other = (said + 1) % 5
+    told = decoder(states, mask, other)
+    torch.testing.assert_close(told[:, 0], logits[:, 0])
+    assert (told[:, 1] - logits[:, 1]).abs().max() > 1e-3
+    mask[:, 4:] = 0
+    torch.testing.assert_close(decoder(states, mask), decoder(states[:, :4], mask[:, :4]))
+
+
+def test_set_losses_are_their_formula_in_any_order() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, 6, generator=rng, dtype=torch.float64)
+    vectors = torch.cat([torch.randn(5, 3, generator=rng), torch.zeros(1, 3)])
+    sets = torch.tensor([[0, 3, -1], [4, -1, -1], [-1, -1, -1], [1, 2, 3], [2, 0, -1], [3, -1, -1]])
+    for weight, scheme in ((0.0, "all"), (8.0, "all"), (2.0, "first_n")):
+        settings = {"scheme": scheme, "empty_weight": 0.3, "transport_weight": weight}
+        chosen = [5, 0, 3, 2]
+        got = set_losses(sets, vectors, settings)(logits[chosen], chosen)
+        expected = set_cross_entropy(
+            logits[chosen], sets[chosen], empty=5, scheme=scheme, empty_weight=0.3
+        ) + weight * transport_loss(logits[chosen], sets[chosen], vectors, scheme=scheme)
+        torch.testing.assert_close(got, expected)
+        back = set_losses(sets.flip(1), vectors, settings)(logits[chosen], chosen)
+        torch.testing.assert_close(got, back)
+
+
+def test_a_set_keeps_the_most_probable_labels() -> None:
+    probs = np.array([[0.6, 0.4, 0.9, 0.6], [0.1, 0.5, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    assert label_sets(probs, places=2).tolist() == [[2, 0], [1, -1], [-1, -1]]
+    assert label_sets(probs, places=6).shape == (3, 4)
+    assert label_sets(np.full((1, 200), 0.7), places=5).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_empty_and_long_texts_and_rows_of_a_teacher(
+    student: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    short = train(table(), tiny_encoder, tmp_path, max_length=16, num_train_epochs=1)
+    rows = Dataset.from_dict(
+        {
+            "id": ["a", "b", "c"],
+            "text": ["", "cat " * 20_000, "cat"],
+            "label_mass": [0.5, 0.5, 0.5],
+            "prompt_sha": ["x", "x", "x"],
+        }
+    )
+    got = predict_label_sets(rows, model=short)
+    assert got["label_ids"][0] == []
+    assert got["error"][0] == "empty text"
+    assert got["error"][1].endswith("the limit is 16")
+    assert got["error"][2] is None
+    assert set(got["label_mass"]) == set(got["prompt_sha"]) == {None}
+    assert len(predict_label_sets(rows.select([0]), model=short)) == 1
+
+
+def test_training_leaves_the_global_generator_alone(tiny_encoder: Path, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    folder = train(table(), tiny_encoder, tmp_path, num_train_epochs=1, lora=LoRA(r=4))
+    predict_label_sets(table(), model=folder)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    single = load_labels(["cat", "mat", "money"])
+    with pytest.raises(ValueError, match=r"in this label space a text has one; .*multilabel=true"):
+        train(table(), tiny_encoder, tmp_path / "m", single)
+    nothing = SoftLabels.from_dense(np.zeros((30, 3)), LABELS).add_to(table())
+    with pytest.raises(ValueError, match="none of the 30 rows has a text, a soft label"):
+        train(nothing, tiny_encoder, tmp_path / "m")
+    for name, value, message in [
+        ("max_labels", 0, "max_labels must be at least 1; got 0"),
+        ("width", 0, "width must be at least 1; got 0"),
+        ("transport_weight", -1.0, r"transport_weight must be at least 0; got -1.0"),
+        ("transport_weight", float("nan"), "transport_weight must be at least 0; got nan"),
+        ("empty_weight", 2.0, r"empty_weight must be between 0 and 1; got 2.0"),
+        ("dropout", 1.0, r"dropout must be at least 0 and below 1; got 1.0"),
+        ("max_length", 300, r"max_length=300 is more than the 128 tokens"),
+        ("poolin", "mean", "there is no setting 'poolin'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(table(), tiny_encoder, tmp_path / "m", **{name: value})
+    assert not (tmp_path / "m").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    with pytest.raises(ValueError, match=r"holds README.md, which is no file of a decoder of sets"):
+        train(table(), tiny_encoder, tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match=r"model_card.json is missing.*train_seq2set"):
+        predict_label_sets(table(), model=tiny_encoder)
+    mixed = shutil.copytree(student, tmp_path / "mixed")
+    other = load_labels(["cat", "mat", "other"], multilabel=True)
+    save_labels(other, mixed / "labels.json")
+    with pytest.raises(ValueError, match=r"mixed: labels.json is of label space .* was trained on"):
+        predict_label_sets(table(), model=mixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (WEIGHTS, r"model '.*damaged' cannot be loaded \(SafetensorError"),
+        ("model_card.json", r"model '.*damaged' cannot be loaded \(JSONDecodeError"),
+        ("labels.json", r"damaged/labels.json: line \d+ is not JSON"),
+    ],
+)
+def test_a_damaged_folder_is_named(student: Path, tmp_path: Path, name: str, message: str) -> None:
+    damaged = shutil.copytree(student, tmp_path / "damaged")
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=message) as caught:
+        predict_label_sets(table(), model=damaged)
+    assert "\n" not in str(caught.value)
+    (damaged / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing") as missing:
+        predict_label_sets(table(), model=damaged)
+    assert "\n" not in str(missing.value)
+
+
+def test_a_weight_that_is_not_there_is_named(student: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(student, tmp_path / "damaged")
+    tensors = load_file(folder / WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if k != "decoder.query.bias"}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"damaged' cannot be loaded \(KeyError: 'decoder.query"):
+        predict_label_sets(table(), model=folder)
