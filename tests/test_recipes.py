@@ -37,6 +37,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -
     save(sets, Path("runs/calibrate/sets/value.parquet"))
     gold = [{**row, "label": labels.names[i % 3]} for i, row in enumerate(rows)]
     Path("gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    spans = [
+        {"start": 0, "end": 3, "label_id": i % 3, "prob": None, "agreement": None}
+        for i in range(60)
+    ]
+    tagged = [{"text": texts[i], "spans": [spans[i]]} for i in range(60)]
+    Path("tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     for i in range(60):
         file = Path("corpus") / labels.names[i % 3] / f"{i}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +104,23 @@ def overrides(name: str, tiny_encoder: Path, tiny_decoder: Path) -> list[str]:
             "engine: {call: llmlabel.engine.fake.FakeEngine}, labels: '${labels}'}",
             *small,
         ],
+        "elr": [
+            *news,
+            "texts.shares={known: 0.1, train: 0.7, test: 0.2}",
+            *students("plain", "held"),
+        ],
+        "llkd": [
+            *news,
+            "texts.shares={known: 0.1, pool: 0.7, test: 0.2}",
+            *students("of_all", "of_chosen"),
+        ],
+        "ls_llama": [
+            *news[:2],
+            f"student.model={tiny_decoder}",
+            "texts.shares={train: 0.5, validation: 0.2, test: 0.2, left: 0.1}",
+            *students("student"),
+        ],
+        "ls_unllama_ner": [f"student.model={tiny_decoder}", *students("student")],
         "patent_sdg": [*news, *FAKE, "texts.shares={known: 0.5, test: 0.4, left: 0.1}"],
         "ptec": [
             *FAKE,
@@ -187,9 +210,13 @@ def test_all_recipes_are_found() -> None:
         "committee",
         "compress",
         "crowd",
+        "elr",
         "htc_topdown",
         "label",
+        "llkd",
         "loki",
+        "ls_llama",
+        "ls_unllama_ner",
         "missing_labels",
         "ontology",
         "otseq2set",

@@ -1,5 +1,6 @@
 """A recipe as a Python program: what `llmlabel python` prints."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -74,7 +75,18 @@ def _imports(names: _Names) -> str:
     return "\n".join(lines[key] for key in sorted(lines))
 
 
+def _as_call(value: Any) -> Any:
+    """A mapping that a parameter has read as a dataclass is written as a call of its class."""
+    if isinstance(value, Call | Ref) or not dataclasses.is_dataclass(value):
+        return value
+    kind, fields = type(value), [field.name for field in dataclasses.fields(value)]
+    arguments = {name: getattr(value, name) for name in fields}
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return Call(path, kind, arguments, {}, frozenset(), kind, makes_output=False)
+
+
 def _called(value: Any) -> Iterator[str]:
+    value = _as_call(value)
     if isinstance(value, Call):
         yield value.path
         value = value.arguments
@@ -86,6 +98,7 @@ def _called(value: Any) -> Iterator[str]:
 
 def _source(value: Any, names: _Names, output: Path, *, indent: int, column: int) -> str:
     """Source of one value that starts at `column` in a line indented by `indent`."""
+    value = _as_call(value)
     if isinstance(value, Call | dict | list | tuple):
         return _source_of_parts(value, names, output, indent=indent, column=column)
     if isinstance(value, Ref):

@@ -327,6 +327,25 @@ def test_check_runs_nothing(chain: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_mappings_that_are_read_as_dataclasses_are_calls_in_the_program(tmp_path: Path) -> None:
+    text = """
+labels: {call: llmlabel.labelspace.load_labels, source: [x, y]}
+rows: {call: llmlabel.data.load, path: rows.jsonl}
+student:
+  call: llmlabel.train.classifier.train_classifier
+  dataset: ${rows}
+  labels: ${labels}
+  model: m
+  lora: {r: 4}
+  early_learning: {beta: 0.5}
+"""
+    program = to_python(load_recipe(write(tmp_path, text)))
+    assert 'lora=LoRA(r=4, alpha=32, dropout=0.1, targets="all-linear"),' in program
+    assert "early_learning=EarlyLearning(penalty_weight=3.0, beta=0.5, top_k=None)," in program
+    assert "from llmlabel.train.network import LoRA\n" in program
+    compile(program, "program.py", "exec")
+
+
 def test_lists_that_are_read_as_tuples_are_tuples_in_the_program(tmp_path: Path) -> None:
     text = """
 edges: [0.1, 0.9]
