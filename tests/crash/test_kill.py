@@ -27,8 +27,9 @@ student:
   labels: ${{labels}}
   model: "{encoder}"
   pooling: mean
-  num_train_epochs: 3
+  num_train_epochs: 6
   max_length: 128
+  save_steps: 1
 predicted:
   call: llmlabel.train.classifier.predict
   dataset: ${{texts}}
