@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from llmlabel import models
+from llmlabel.labelspace import load_labels
 from llmlabel.prompt import render
 
 pytestmark = pytest.mark.vllm
+LABELS = load_labels(["animal", "money", "sport"])
 TEXTS = ["The cat sat on the mat.", "Shares fell.", "x"]
 
 
@@ -64,6 +67,50 @@ def test_classification_equals_transformers(smollm2: Any, tmp_path: Path) -> Non
             logits = model.eval()(torch.tensor([tokenizer(text).input_ids])).logits[0]
         np.testing.assert_allclose(probs, logits.softmax(0).numpy(), atol=1e-3)
     assert np.ptp(got, axis=0).max() > 0.01  # the texts matter
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llmlabel.softlabels import SoftLabels
+    from llmlabel.train.classifier import train_classifier
+
+    kinds = ["The cat sat on the mat.", "Shares fell on Monday.", "They won the match."]
+    rows = Dataset.from_dict({"text": [f"{kinds[i % 3]} {i}" for i in range(12)]})
+    return train_classifier(
+        SoftLabels.from_dense(np.eye(3)[np.arange(12) % 3] * 0.85 + 0.05, LABELS).add_to(rows),
+        LABELS,
+        model=models.SMOLLM2,
+        output=tmp_path_factory.mktemp("student") / "model",
+        learning_rate=1e-3,
+        num_train_epochs=3,
+        per_device_train_batch_size=6,
+        max_length=32,
+    )
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_student_is_served_as_it_predicts(student: Path, tmp_path: Path, merged: bool) -> None:
+    """Merged with its backbone, and as an adapter with a head beside it; a long text is cut."""
+    from llmlabel.engine.vllm_pooling import VLLMClassifier
+    from llmlabel.softlabels import SoftLabels
+    from llmlabel.train.classifier import predict
+    from llmlabel.train.export import export_adapter, export_classifier
+
+    texts = [
+        *TEXTS,
+        "The striker and the bank agreed on a dog.",
+        "They won. " + "Shares fell. " * 30,
+    ]
+    rows = Dataset.from_dict({"id": [str(i) for i in range(len(texts))], "text": texts})
+    expected = SoftLabels.from_dataset(predict(rows, model=student), LABELS).dense()
+    given: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": True, "max_tokens": 32}
+    if merged:
+        got = VLLMClassifier(export_classifier(student, output=tmp_path / "m"), **given)
+    else:
+        adapter = export_adapter(student, output=tmp_path / "adapter")
+        got = VLLMClassifier(models.SMOLLM2, adapter=adapter, **given)
+    np.testing.assert_allclose(got.classify(texts), expected, atol=1e-2)
+    assert np.ptp(expected, axis=0).max() > 0.3  # the texts matter
 
 
 def test_an_adapter_answers_in_the_models_place(tmp_path: Path) -> None:

@@ -146,21 +146,22 @@ def test_an_encoder_that_never_cuts(tokenizer: object) -> None:
     labels = load_labels([{"id": "red", "description": "a colour"}, "blue"])
     for encoder in (Reads(float("inf")), Reads()):
         if encoder.max_seq_length == 1:
-            encoder.tokenizer = tokenizer  # type: ignore[method-assign,assignment]
+            encoder.tokenizer = tokenizer
         assert embed(table(["xyy"]), encoder)["error"][:] == [None]
         assert label_embedding(table(["xyy"]), encoder, labels)["error"][:] == [None]
 
 
 def test_static_embeddings_of_sentence_transformers() -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    static = pytest.importorskip("sentence_transformers.models").StaticEmbedding
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
     words = tokenizers.models.WordLevel({"[UNK]": 0, "red": 1, "blue": 2}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     weights = np.array([[0.1, 0.1], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
-    encoder = sentence_transformers.SentenceTransformer(
-        modules=[static(tokenizer, embedding_weights=weights)], device="cpu"
+    encoder = SentenceTransformer(
+        modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu"
     )
     labels = load_labels(["red", "blue"])
     got = label_embedding(table(["blue blue", "red " * 900]), encoder, labels)
