@@ -154,7 +154,7 @@ def test_an_encoder_that_never_cuts(tokenizer: object) -> None:
 def test_static_embeddings_of_sentence_transformers() -> None:
     import tokenizers
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     words = tokenizers.models.WordLevel({"[UNK]": 0, "red": 1, "blue": 2}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(words)
