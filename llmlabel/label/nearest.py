@@ -58,17 +58,23 @@ def finder(
 
     Cosines that differ by less than about 1e-6 count as equal, so that nothing depends on how rows
     share a matrix product. `rows` are the numbers that a given index has for the entries.
+
+    Raises:
+        ValueError: `k` is not positive, or the index is none of these vectors.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, the number of neighbours; got {k}")
+    if isinstance(search, str) and search not in ("exact", "usearch"):
+        raise ValueError(f"search must be 'exact', 'usearch' or an index; got {search!r}")
     k = min(k, len(pool))
     if search == "exact":
         return lambda vectors, own: _exactly(vectors, pool, k, own)
+    size = len(pool) if isinstance(search, str) else _size(search, pool)
     numbers = np.arange(len(pool)) if rows is None or search == "usearch" else rows
     place = np.full(int(numbers.max()) + 2, -1)  # the last for all that is no entry
     place[numbers] = np.arange(len(pool))
     # an index also names rows that are no entry; where it has fewer, it says so
-    wanted = math.ceil(_OVERSAMPLE * k * (len(place) - 1) / len(pool))
+    wanted = math.ceil(_OVERSAMPLE * k * max(len(place) - 1, size) / len(pool))
 
     @cache  # not before a block has to be computed
     def index() -> Any:
@@ -90,6 +96,24 @@ def finder(
         return _ranked(vectors, pool, entries, k)
 
     return approximately
+
+
+def _size(index: Any, pool: Float[np.ndarray, "pool width"]) -> int:
+    """How many vectors an index has, as faiss and usearch say; of one that does not, the pool's."""
+    width = getattr(index, "d", getattr(index, "ndim", pool.shape[1]))
+    if width != pool.shape[1]:
+        raise ValueError(
+            f"search= is an index of vectors of {width} numbers, the pool's have {pool.shape[1]}; "
+            "build it of the vectors of the pool"
+        )
+    known = len(index) if hasattr(index, "__len__") else len(pool)
+    size: int = getattr(index, "ntotal", known)
+    if size < len(pool):
+        raise ValueError(
+            f"search= is an index of {size} vectors, the pool has {len(pool)} to find; "
+            "add the rows that it lacks"
+        )
+    return size
 
 
 def evenly(rows: int, most: int) -> Int[np.ndarray, " taken"]:

@@ -97,6 +97,9 @@ def _override(assignments: dict[str, Any], override: str, source: str) -> None:
     for done, key in enumerate([name, *keys][:-1], start=1):
         if not isinstance(target.get(key), dict):
             problem = f"{'.'.join([name, *keys][:done])} is not a call or a mapping"
+            if key not in target:
+                whole = f"{'.'.join([name, *keys][:done])}={{{keys[done - 1]}: {text}}}"
+                problem = f"the recipe does not set {key!r}; set it whole: '{whole}'"
             raise RecipeError(f"{source}: override {override!r}: {problem}")
         target = target[key]
     target[[name, *keys][-1]] = value

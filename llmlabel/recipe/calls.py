@@ -4,6 +4,7 @@ Nothing here runs a step: `bind` turns the values of a YAML file into `Call` and
 are known to fit the signatures, or raises one line that says where and what to write instead.
 """
 
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -214,9 +215,8 @@ def _reference(scope: _Scope, where: str, text: str, annotation: Any) -> Ref:
     if isinstance(target, Call):
         _must_fit(scope, where, text, target.returns, annotation)
         return Ref(name, is_call=True)
-    return Ref(
-        name, is_call=False, value=_value(scope, where, scope.recipe.assignments[name], annotation)
-    )
+    value = _value(scope, where, scope.recipe.assignments[name], annotation)
+    return Ref(name, is_call=False, value=value)
 
 
 def _call(scope: _Scope, where: str, mapping: dict[str, Any]) -> Call:
@@ -228,12 +228,9 @@ def _call(scope: _Scope, where: str, mapping: dict[str, Any]) -> Call:
     except RecipeError as error:
         raise scope.error(where, str(error)) from error.__cause__
     signature = _signature(function)
-    named = {
-        n: p
-        for n, p in signature.parameters.items()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+    parameters = signature.parameters.items()
+    named = {n: p for n, p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for _, p in parameters)
     given = {name: value for name, value in mapping.items() if name != "call"}
     for name in given:
         if name not in named and not takes_any:
@@ -344,7 +341,7 @@ def _plain(scope: _Scope, where: str, value: Any, annotation: Any) -> Any:
     if annotation is Any or isinstance(annotation, str):
         return value
     try:
-        return _adapter(annotation).validate_json(json.dumps(value), strict=True)
+        return _adapter(annotation).validate_json(json.dumps([value]), strict=True)[0]
     except PydanticUserError:  # not a type that pydantic knows
         return value
     except SchemaError:  # a protocol: nothing in YAML is one
@@ -353,14 +350,18 @@ def _plain(scope: _Scope, where: str, value: Any, annotation: Any) -> Any:
         first = error.errors()[0]
         reference = first["type"] in ("is_instance_of", "needs_python_object")
         reason = "give a reference such as ${name}" if reference else first["msg"]
+        if first["type"] == "unexpected_keyword_argument":
+            name = str(first["loc"][-1])
+            kinds = filter(dataclasses.is_dataclass, _classes(annotation))
+            known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+            reason = f"it has no {name!r}{closest(name, known)}"
     raise scope.error(where, f"{value!r} does not fit {_show(annotation)}; {reason}")
 
 
 def _adapter(annotation: Any) -> Any:  # a TypeAdapter, which beartype does not read
-    try:
-        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a dataclass has a configuration of its own
-        return TypeAdapter(annotation)
+    # Of a list, for a dataclass alone takes no configuration and would drop keys it does not have.
+    config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    return TypeAdapter(list[annotation], config=config)
 
 
 def _must_fit(scope: _Scope, where: str, what: str, given: Any, wanted: Any) -> None:

@@ -86,13 +86,13 @@ def _as_call(value: Any) -> Any:
 
 
 def _called(value: Any) -> Iterator[str]:
-    value = _as_call(value)
+    value = _as_call(value.value if isinstance(value, Ref) else value)
     if isinstance(value, Call):
         yield value.path
         value = value.arguments
     if isinstance(value, dict):
         value = list(value.values())
-    for part in value if isinstance(value, list) else []:
+    for part in value if isinstance(value, list | tuple) else []:
         yield from _called(part)
 
 
@@ -102,8 +102,8 @@ def _source(value: Any, names: _Names, output: Path, *, indent: int, column: int
     if isinstance(value, Call | dict | list | tuple):
         return _source_of_parts(value, names, output, indent=indent, column=column)
     if isinstance(value, Ref):
-        if _has_tuple(value.value):  # this parameter reads the list in the file as tuples
-            return _source_of_parts(value.value, names, output, indent=indent, column=column)
+        if _is_read(value.value):
+            return _source(value.value, names, output, indent=indent, column=column)
         path = names["pathlib", "Path"]
         return f"{path}({value.name})" if isinstance(value.value, Path) else value.name
     if isinstance(value, Path):
@@ -117,11 +117,12 @@ def _source(value: Any, names: _Names, output: Path, *, indent: int, column: int
     raise RecipeError(f"a {type(value).__name__} cannot be written as Python; call its class")
 
 
-def _has_tuple(value: Any) -> bool:
+def _is_read(value: Any) -> bool:
+    """Whether a parameter reads what is in the file as something else: tuples or a dataclass."""
+    if isinstance(value, tuple) or _as_call(value) is not value:
+        return True
     parts = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(value, tuple) or (
-        isinstance(parts, list) and any(_has_tuple(part) for part in parts)
-    )
+    return isinstance(parts, list) and any(_is_read(part) for part in parts)
 
 
 def _source_of_parts(

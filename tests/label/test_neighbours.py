@@ -517,6 +517,35 @@ def test_an_index_of_other_vectors_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["faiss", "usearch"])
+@pytest.mark.parametrize(
+    ("rows", "width", "problem"),
+    [
+        (39, 30, "an index of 39 vectors, the pool has 40 to find; add the rows that it lacks"),
+        (40, 29, "an index of vectors of 29 numbers, the pool's have 30; build it of the vectors"),
+    ],
+)
+def test_an_index_of_another_size_is_refused(
+    kind: str, rows: int, width: int, problem: str
+) -> None:
+    pool = case(0, pool=40, width=30)[1].astype(np.float32)
+    index = indexed(kind, np.ascontiguousarray(pool[:rows, :width]))
+    with pytest.raises(ValueError, match=problem):
+        finder(pool, k=2, search=index)
+
+
+@pytest.mark.parametrize("kind", ["faiss", "usearch"])
+def test_an_index_may_have_many_rows_behind_the_last_entry(kind: str) -> None:
+    rows, every, *_ = case(0, pool=800)
+    rows, every = rows.astype(np.float32), every.astype(np.float32)
+    pool, own = every[:20], [[]] * len(rows)
+    search = indexed(kind, every)
+    found = finder(pool, k=5, search=search, rows=np.arange(20))(rows, own)
+    exact = finder(pool, k=5)(rows, own)
+    assert found[0].tolist() == exact[0].tolist()
+    np.testing.assert_allclose(found[1], exact[1], atol=1e-6)
+
+
 def test_a_missing_index_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "usearch.index", None)
     with pytest.raises(ValueError, match="pip install usearch"):

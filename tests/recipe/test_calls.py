@@ -295,6 +295,36 @@ def test_a_protocol_takes_a_reference_and_no_text(texts: dict[str, Any]) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"lora": {"rr": 4}},
+            "student.lora: {'rr': 4} does not fit LoRA; it has no 'rr'; did you mean 'r'?",
+        ),
+        (
+            {"early_learning": {"penalty": 2.0}},
+            "student.early_learning: {'penalty': 2.0} does not fit EarlyLearning | None; "
+            "it has no 'penalty'; did you mean 'penalty_weight'?",
+        ),
+        (
+            {"lora": {"r": "four"}},
+            "student.lora: {'r': 'four'} does not fit LoRA; Input should be a valid integer",
+        ),
+    ],
+)
+def test_a_mapping_that_is_read_as_settings_has_only_their_keys(
+    texts: dict[str, Any], settings: dict[str, Any], line: str
+) -> None:
+    student = {
+        "call": "llmlabel.train.classifier.train_classifier",
+        "dataset": "${texts}",
+        "labels": "${labels}",
+        "model": "owner/name",
+    }
+    assert problem(labels=LABELS, texts=texts, student=student | settings) == f"label.yaml: {line}"
+
+
 def test_a_missing_file_names_its_neighbour(texts: dict[str, Any]) -> None:
     path = texts["path"].replace("tickets", "ticket")
     line = problem(texts=texts | {"path": path})

@@ -186,7 +186,11 @@ def test_overrides_replace_variables_and_arguments(tmp_path: Path) -> None:
         ("text.path=x", "override 'text.path=x': no variable 'text'; did you mean 'texts'?"),
         ("seed", "override 'seed' is not name=value"),
         ("seed.low=1", "override 'seed.low=1': seed is not a call or a mapping"),
-        ("parts.share.x=1", "override 'parts.share.x=1': parts.share is not a call or a mapping"),
+        (
+            "parts.share.x=1",
+            "override 'parts.share.x=1': the recipe does not set 'share'; set it whole: "
+            "'parts.share={x: 1}'",
+        ),
     ],
 )
 def test_an_override_that_fits_nothing(tmp_path: Path, override: str, line: str) -> None:
@@ -327,7 +331,10 @@ def test_check_runs_nothing(chain: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_mappings_that_are_read_as_dataclasses_are_calls_in_the_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variables", ["", "adapters: {r: 4}\nearly: {beta: 0.5}\n"])
+def test_mappings_that_are_read_as_dataclasses_are_calls_in_the_program(
+    tmp_path: Path, variables: str
+) -> None:
     text = """
 labels: {call: llmlabel.labelspace.load_labels, source: [x, y]}
 rows: {call: llmlabel.data.load, path: rows.jsonl}
@@ -339,6 +346,9 @@ student:
   lora: {r: 4}
   early_learning: {beta: 0.5}
 """
+    if variables:  # which a parameter reads, too, as what it is for
+        text = text.replace("lora: {r: 4}", "lora: ${adapters}")
+        text = variables + text.replace("g: {beta: 0.5}", "g: ${early}")
     program = to_python(load_recipe(write(tmp_path, text)))
     assert 'lora=LoRA(r=4, alpha=32, dropout=0.1, targets="all-linear"),' in program
     assert "early_learning=EarlyLearning(penalty_weight=3.0, beta=0.5, top_k=None)," in program
