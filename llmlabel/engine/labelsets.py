@@ -47,6 +47,8 @@ class LabelSets:
 
     def __post_init__(self) -> None:
         """Checks what makes replies readable."""
+        if not self.labels:
+            raise ValueError("a label set needs labels, and there are none")
         if self.most is not None and self.most < 1:
             raise ValueError(f"most, the labels of a set, must be at least 1; got {self.most}")
         for label in self.labels:
@@ -62,7 +64,15 @@ class LabelSets:
         object.__setattr__(self, "_tries", tries)
 
     def encode(self, labels: Sequence[int]) -> list[int]:
-        """The tokens of a reply, with the end."""
+        """The tokens of a reply, with the end.
+
+        Raises:
+            ValueError: such a set is none of this language.
+        """
+        if not 1 <= len(labels) <= self._limit or len(set(labels)) < len(labels):
+            raise ValueError(
+                f"{list(labels)} is no set of 1 to {self._limit} labels; leave such a row out"
+            )
         parts = [self.first[labels[0]], *(self.further[label] for label in labels[1:])]
         return [token for part in parts for token in part] + [self.end]
 

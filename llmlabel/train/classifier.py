@@ -36,7 +36,7 @@ from llmlabel.loss.soft import (
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 from llmlabel.train.network import load_classifier, student_sha
 from llmlabel.train.settings import EARLY, EarlyLearning, StudentTraining, settle_student
-from llmlabel.train.student import probabilities, train_student, training_rows
+from llmlabel.train.student import label_counts, probabilities, train_student, training_rows
 
 
 def train_classifier(
@@ -93,13 +93,12 @@ def train_classifier(
     weigh: Callable[..., Float[Tensor, " some"]] = soft_cross_entropy
     if labels.multilabel:
         weigh = binary_cross_entropy
-    if class_weights == "balanced":
-        counts = given.sum(dim=0)
-        weigh = (
-            partial(weigh, pos_weight=balanced_pos_weight(counts))
-            if labels.multilabel
-            else partial(weigh, class_weights=balanced_class_weights(counts))
-        )
+    pos_weight = None
+    if class_weights == "balanced" and labels.multilabel:
+        positive = balanced_pos_weight(label_counts(rows))
+        weigh, pos_weight = partial(weigh, pos_weight=positive), positive.numpy()
+    elif class_weights == "balanced":
+        weigh = partial(weigh, class_weights=balanced_class_weights(label_counts(rows)))
 
     memory = None
     if early_learning is not None:
@@ -135,6 +134,7 @@ def train_classifier(
         validation=validation,
         memory=memory,
         keep_more=keep_memory,
+        pos_weight=pos_weight,
     )
 
 

@@ -86,7 +86,7 @@ class Fitted:
     def best_epoch(self) -> int | None:
         """Counted from 0; the first of equal ones."""
         values = [numbers["loss"] for numbers in self.validation]
-        return int(np.argmin(values)) if values else None
+        return int(np.argmin(np.nan_to_num(values, nan=np.inf))) if values else None
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the validation loss has not become better for so many epochs."""
@@ -116,9 +116,8 @@ def fit(
     optimizer = torch.optim.AdamW(objective.groups, weight_decay=settings["weight_decay"])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer = accelerator.prepare(objective.network, optimizer)
-    run = _Run(
-        objective, settings, name, _key(key, settings), output, accelerator, wrapped, optimizer
-    )
+    key = _key(key, settings, accelerator.num_processes)
+    run = _Run(objective, settings, name, key, output, accelerator, wrapped, optimizer)
     run.go_on()
     update_rows = (
         settings["per_device_train_batch_size"]
@@ -331,11 +330,13 @@ class _Run:
 
 
 def _accelerator(settings: dict[str, Any], name: str, output: Path) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, utils
 
     tracker = None if settings["report_to"] == "none" else settings["report_to"]
-    accelerator = Accelerator(
+    accelerator = Accelerator(  # `settings` decide, not what its launcher was told
         cpu=models.best_device().type == "cpu",
+        mixed_precision="no",
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
         log_with=tracker,
         project_dir=str(output / "logs") if tracker else None,
     )
@@ -350,9 +351,9 @@ def _is_sharded(accelerator: Any) -> bool:
     return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
 
 
-def _key(key: str, settings: dict[str, Any]) -> str:
+def _key(key: str, settings: dict[str, Any], processes: int) -> str:
     kept = {name: value for name, value in settings.items() if name not in NO_RESULT}
-    return json.dumps([key, kept], sort_keys=True)
+    return json.dumps([key, kept, processes], sort_keys=True)
 
 
 def _seed(seed: int, update: int, rank: int) -> int:

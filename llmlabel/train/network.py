@@ -242,7 +242,8 @@ def new_network(model: str, labels: LabelSpace, settings: dict[str, Any]) -> tup
     if limit is not None and settings["max_length"] + prompt > limit:
         what = f" with prompt_tokens={prompt}" if prompt else ""
         raise ValueError(
-            f"max_length={settings['max_length']}{what} is more than the {limit} tokens of {model}"
+            f"max_length={settings['max_length']}{what} is more than the {limit} tokens of {model}; "
+            f"set max_length={limit - prompt} or less"
         )
     if prompt:
         check_prompted(backbone, model, settings)

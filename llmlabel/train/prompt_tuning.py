@@ -23,7 +23,7 @@ from torch import Tensor
 from llmlabel.labelspace import LabelSpace
 from llmlabel.loss.soft import balanced_pos_weight, binary_cross_entropy, soft_cross_entropy
 from llmlabel.train.settings import Training, settle
-from llmlabel.train.student import train_student, training_rows
+from llmlabel.train.student import label_counts, train_student, training_rows
 
 
 def train_prompt(
@@ -78,9 +78,7 @@ def train_prompt(
     targets = torch.from_numpy(rows.targets)
     positive = torch.ones(len(labels), dtype=targets.dtype)
     if labels.multilabel and pos_weight == "balanced":
-        counts = torch.from_numpy(rows.weights).to(targets) @ targets
-        # Remains of probability that add up to less than one row are no class to be balanced.
-        positive = balanced_pos_weight(counts.clamp(min=1))
+        positive = balanced_pos_weight(label_counts(rows))
     compare: Callable[..., Float[Tensor, " some"]] = soft_cross_entropy
     if labels.multilabel:
         compare = partial(binary_cross_entropy, pos_weight=positive)

@@ -47,7 +47,15 @@ from llmlabel.train.set_decoder import (
     tokens_of,
 )
 from llmlabel.train.settings import Training, settle
-from llmlabel.train.student import Rows, repeated, rows_sha, training_rows, validation_rows
+from llmlabel.train.student import (
+    Rows,
+    check_patience,
+    repeated,
+    rows_sha,
+    sha_of,
+    training_rows,
+    validation_rows,
+)
 
 
 def train_seq2set(  # noqa: PLR0913  # one plain choice each
@@ -117,6 +125,7 @@ def train_seq2set(  # noqa: PLR0913  # one plain choice each
         "dropout": dropout,
     }
     _check(settings, labels, output)
+    check_patience(settings, validation)
     rows = training_rows(dataset, labels)
     seen = None if validation is None else validation_rows(validation, labels)
     overlap = 0 if seen is None else repeated(*seen[:2], rows)
@@ -143,7 +152,8 @@ def train_seq2set(  # noqa: PLR0913  # one plain choice each
             objective.validate = _validator(*seen[1:], tokenizer, network.decoder.vectors, settings)
         digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()[:16]
         model_sha = models.model_sha(models.fetch(str(model)))
-        key = str(["seq2set", model_sha, labels.fingerprint, rows_sha(rows), digest])
+        seen_sha = None if seen is None else sha_of(seen[1], [seen[2]])
+        key = str(["seq2set", model_sha, labels.fingerprint, rows_sha(rows), digest, seen_sha])
         done = fit(objective, settings, name="train_seq2set", key=key, output=output)
     if done.is_main:
         card = _card(str(model), labels, rows, settings, done)

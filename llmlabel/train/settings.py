@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -124,6 +125,15 @@ def settle_student(training: StudentTraining) -> dict[str, Any]:
         lora=PAPER_LORA,
         load_in_4bit=False,
     )
+    if settings["pooling"] not in get_args(Pooling):
+        raise ValueError(
+            f"pooling is one of {', '.join(get_args(Pooling))}; got {settings['pooling']!r}"
+        )
+    if settings["bidirectional_from"] and not settings["bidirectional"]:
+        raise ValueError(
+            f"bidirectional_from={settings['bidirectional_from']} has no meaning without "
+            "bidirectional=true; give both or none"
+        )
     return settings | {"lora": asdict(settings["lora"])}
 
 
@@ -158,9 +168,18 @@ def settle(training: Training, **defaults: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{name} is one of {', '.join(get_args(kind))}; got {settings[name]!r}"
             )
+    _check_tracker(settings["report_to"])
     if settings["max_steps"] == 0 or settings["max_steps"] < -1:
         raise ValueError(f"max_steps must be above 0, or -1; got {settings['max_steps']}")
     return settings
+
+
+def _check_tracker(name: str) -> None:
+    """Accelerate says nothing where a tracker is not installed, and keeps no curve."""
+    if name != "none" and find_spec(name) is None:
+        raise ValueError(
+            f"report_to={name}: the package {name} is missing; install it or leave report_to out"
+        )
 
 
 def learning_rate_factor(update: int, steps: int, settings: dict[str, Any]) -> float:

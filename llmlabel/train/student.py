@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -62,7 +62,7 @@ def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
     if not labels.multilabel:
         targets = targets / targets.sum(axis=1, keepdims=True)
     numbers = range(len(dataset))
-    ids = dataset["id"][:] if "id" in dataset.column_names else [str(n) for n in numbers]
+    ids = dataset["id"][:] if "id" in dataset.column_names else [f"row {n}" for n in numbers]
     return Rows(
         [str(ids[i]) for i in kept],
         [texts[i] for i in kept],
@@ -109,6 +109,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         name: of the trainer, for progress and errors.
     """
     check_output(output, settings, others=[EARLY])
+    check_patience(settings, validation)
     seen = validation
     if isinstance(seen, Dataset):
         weight = np.ones(len(labels)) if pos_weight is None else pos_weight
@@ -139,6 +140,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         if seen is not None:
             objective.validate = seen.validate(tokenizer)
         key = [models.model_sha(models.fetch(str(model))), labels.fingerprint, rows_sha(rows), told]
+        key.append(None if seen is None else seen.sha)
         done = fit(objective, settings, name=name, key=str(key), output=output)
     if done.is_main:
         card = {
@@ -168,12 +170,36 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
 
 def rows_sha(rows: Rows) -> str:
     """Stands for what is trained on."""
+    return sha_of([*rows.ids, *rows.texts], [rows.targets, rows.weights])
+
+
+def sha_of(texts: Iterable[str], arrays: Iterable[np.ndarray]) -> str:
+    """Stands for texts and numbers, in their order."""
     digest = hashlib.sha256()
-    for part in (*rows.ids, *rows.texts):
+    for part in texts:
         digest.update(f"{len(part)}:{part}".encode(errors="surrogatepass"))
-    digest.update(rows.targets.tobytes())
-    digest.update(rows.weights.tobytes())
+    for array in arrays:
+        digest.update(f"{array.shape}".encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def label_counts(rows: Rows) -> Float[Tensor, " labels"]:
+    """Rows of each label by weight, for what balances labels; it is no matter what weights sum to.
+
+    Remains of probability that add up to less than one row count as one: they are no class.
+    """
+    counts = torch.from_numpy((rows.weights / rows.weights.mean()) @ rows.targets)
+    return torch.where(counts > 0, counts.clamp(min=1), 0.0)
+
+
+def check_patience(settings: dict[str, Any], validation: object) -> None:
+    """Refuses to wait for a better validation loss where there is none."""
+    if settings["early_stopping_patience"] is not None and validation is None:
+        raise ValueError(
+            f"early_stopping_patience={settings['early_stopping_patience']} needs `validation`, rows "
+            "that are not trained on; give some or leave it out"
+        )
 
 
 def _without_rows(rows: Rows, labels: LabelSpace) -> list[int]:
@@ -192,15 +218,18 @@ class Validation:
     rows: int
     overlap: int
     """Rows that repeat a training row."""
+    sha: str
+    """Stands for them."""
     validate: Callable[[Any], Callable[[torch.nn.Module], dict[str, float]]]
     """The tokenizer -> what an `Objective` takes as `validate`."""
 
 
 def repeated(ids: list[str | None], texts: list[str], rows: Rows) -> int:
     """Of validation rows, how many have the id or the words of a training row; warned of."""
-    mine, words = set(rows.ids), {plain_words(text) for text in rows.texts}
+    mine, words = set(rows.ids), {plain_words(text) or text for text in rows.texts}
     overlap = sum(
-        id in mine or plain_words(text) in words for id, text in zip(ids, texts, strict=True)
+        id in mine or (plain_words(text) or text) in words
+        for id, text in zip(ids, texts, strict=True)
     )
     if overlap:
         warnings.warn(
@@ -227,11 +256,13 @@ def validation_rows(
         known = dataset
         targets = SoftLabels.from_dataset(known, labels).dense()
     texts = [text or "" for text in known["text"]]
-    some = labels.multilabel | (targets.sum(axis=1) > 0)
+    # No gold label of many means that none is true; no soft label, that nobody knows.
+    none_is_known = labels.multilabel and "gold" in dataset.column_names
+    some = none_is_known | (targets.sum(axis=1) > 0)
     kept = [i for i, text in enumerate(texts) if text.strip() and some[i]]
     if not kept:
         raise ValueError(f"none of the {len(dataset)} validation rows has a text and a label")
-    ids = known["id"][:] if "id" in known.column_names else [None] * len(known)
+    ids = [str(id) for id in known["id"]] if "id" in known.column_names else [None] * len(known)
     targets = targets[kept]
     if not labels.multilabel:
         targets = targets / targets.sum(axis=1, keepdims=True)
@@ -263,7 +294,8 @@ def _validation(
             probabilities(network, tokens, labels, settings["pass_tokens"])
         )
 
-    return Validation(len(texts), repeated(ids, texts, rows), validate)
+    overlap = repeated(ids, texts, rows)
+    return Validation(len(texts), overlap, sha_of(texts, [targets, pos_weight]), validate)
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from llmlabel.select import row_weights
 from llmlabel.train.network import load_classifier, padded, student_sha
 from llmlabel.train.settings import StudentTraining, settle_student
 from llmlabel.train.spans import Word, prob_of, spans_of, tags_of, words_of
-from llmlabel.train.student import Rows, Validation, repeated, train_student
+from llmlabel.train.student import Rows, Validation, repeated, sha_of, train_student
 
 
 def train_tagger(
@@ -87,9 +87,13 @@ def train_tagger(
     seen = None
     if validation is not None:
         known = _tagged(validation, labels, tokenizer, settings, "validation")
-        overlap = repeated([*known.ids], known.texts, rows)
+        has_ids = "id" in validation.column_names
+        overlap = repeated([*known.ids] if has_ids else [None] * len(known.ids), known.texts, rows)
         seen = Validation(
-            len(known.texts), overlap, lambda tokenizer: _validator(known, tokenizer, settings)
+            len(known.texts),
+            overlap,
+            sha_of(known.texts, known.targets),
+            lambda tokenizer: _validator(known, tokenizer, settings),
         )
     times = rows.targets.max(axis=0)
     return train_student(
@@ -100,7 +104,10 @@ def train_tagger(
         model=model,
         output=output,
         validation=seen,
-        told={"labels_without_rows": [labels.ids[label] for label in np.flatnonzero(times == 0)]},
+        told={
+            "labels_without_rows": [labels.ids[label] for label in np.flatnonzero(times == 0)],
+            "tags_sha": sha_of([], tagged.targets),
+        },
         name="train_tagger",
     )
 
@@ -189,7 +196,11 @@ def _tagged(
 ) -> _Tagged:
     require_columns(dataset, "text", "spans")
     found, weights = _Tagged(), row_weights(dataset)
-    ids = dataset["id"][:] if "id" in dataset.column_names else list(range(len(dataset)))
+    ids = (
+        dataset["id"][:]
+        if "id" in dataset.column_names
+        else [f"row {row}" for row in range(len(dataset))]
+    )
     for row, (id, text, spans) in enumerate(
         zip(ids, dataset["text"][:], dataset["spans"][:], strict=True)
     ):

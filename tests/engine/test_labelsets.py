@@ -205,6 +205,15 @@ def test_labels_that_cannot_be_told_apart(tiny_tokenizer: Any) -> None:
         label_sets(tiny_tokenizer, ["a", "b"], most=0)
 
 
+def test_what_is_no_set_is_not_written(tiny_tokenizer: Any) -> None:
+    sets = label_sets(tiny_tokenizer, ["a", "b", "c"], most=2)
+    for labels in ([], [0, 0], [0, 1, 2]):
+        with pytest.raises(ValueError, match=r"is no set of 1 to 2 labels; leave such a row out"):
+            sets.encode(labels)
+    with pytest.raises(ValueError, match="a label set needs labels, and there are none"):
+        label_sets(tiny_tokenizer, [])
+
+
 def test_random_walks_reach_all_sets(tiny_tokenizer: Any) -> None:
     sets = label_sets(tiny_tokenizer, ["no", "not", "no; x"[:2] + "t a"], most=2)
     rng = random.Random(0)

@@ -1,5 +1,8 @@
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ from llmlabel.engine.fake import FakeEngine
 from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
-from llmlabel.train import checkpoint, classifier
+from llmlabel.train import checkpoint, classifier, loop
 from llmlabel.train.classifier import predict, train_classifier
 from llmlabel.train.network import LabelSupervised, LoRA
 from llmlabel.train.settings import EarlyLearning
+from llmlabel.train.student import validation_rows
 
 LABELS = load_labels(["animal", "money"])
 NO_DROPOUT = LoRA(r=4, alpha=16, dropout=0.0)
@@ -269,7 +273,7 @@ def losses_of(
     found: dict[str, Any] = {}
 
     def train_student(rows: Any, labels: Any, losses: Any, settings: Any, **more: Any) -> Path:
-        found.update(losses=losses, rows=rows)
+        found.update(losses=losses, rows=rows, more=more)
         return Path("model")
 
     monkeypatch.setattr(classifier, "train_student", train_student)
@@ -300,6 +304,25 @@ def test_smoothing_and_class_weights_are_their_formulas(monkeypatch: pytest.Monk
     positive = targets * (counts.max() / counts) * np.log(ones)
     expected = -(positive + (1 - targets) * np.log(1 - ones)).sum(axis=1)
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-6)
+
+
+def test_labels_count_alike_by_weight_whatever_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of weight 3 and 1; remains of 0.001 a row are no class to be balanced."""
+    probs = np.array([[0.999, 0.0, 0.001]] * 8 + [[0.0, 0.999, 0.001]] * 8)
+    counts = np.array([8 * 1.5 * 0.999, 8 * 0.5 * 0.999, 1.0])
+    for multilabel, expected in ((False, counts.sum() / (3 * counts)), (True, counts[0] / counts)):
+        labels = load_labels(["a", "b", "c"], multilabel=multilabel)
+        for scale in (1.0, 0.01):
+            weights = [3.0 * scale] * 8 + [scale] * 8
+            rows = with_columns(table(16), {"weight": (weights, Value("float64"))})
+            rows = SoftLabels.from_dense(probs, labels).add_to(rows)
+            found = losses_of(monkeypatch, rows, labels, class_weights="balanced")
+            values = found["losses"](torch.zeros(16, 3), list(range(16)))
+            given = (probs @ expected) * np.log(3)
+            if multilabel:
+                given = (probs @ expected + (1 - probs).sum(axis=1)) * np.log(2)
+                np.testing.assert_allclose(found["more"]["pos_weight"], expected, rtol=1e-5)
+            np.testing.assert_allclose(values.numpy(), given, rtol=1e-5)
 
 
 def test_early_learning_adds_its_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,3 +392,81 @@ def test_a_killed_training_continues_to_the_same_bytes(
     for name in ("head.safetensors", "adapter_model.safetensors"):
         assert files(again)[name] == expected[name]
     assert not (again / checkpoint.NAME).exists()
+
+
+def validation_of(texts: list[str], gold: list[int], **columns: object) -> Dataset:
+    rows = Dataset.from_dict({"text": texts, **columns})
+    return with_columns(rows, {"gold": ([[one] for one in gold], List(Value("int32")))})
+
+
+def killed_in_update(
+    number: int, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Path], **given: Any
+) -> None:
+    alive, calls = loop._Run.update, iter(range(1000))
+
+    def update(run: Any, chosen: list[int]) -> None:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        alive(run, chosen)
+
+    with monkeypatch.context() as now:
+        now.setattr(loop._Run, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            call(save_steps=1, **given)
+
+
+def test_a_checkpoint_with_other_validation_rows_is_not_continued(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the cat", "money", "a cat", "business"]
+    right, wrong = validation_of(texts, [0, 1, 0, 1]), validation_of(texts, [1, 0, 1, 0])
+    for number, seen in enumerate([right, None]):
+        place = tmp_path / str(number)
+        given = {"num_train_epochs": 2}
+        killed_in_update(
+            4, monkeypatch, partial(train, table(), tiny_encoder, place), validation=wrong, **given
+        )
+        again = train(table(), tiny_encoder, place, validation=seen, **given)
+        fresh = train(table(), tiny_encoder, tmp_path / f"f{number}", validation=seen, **given)
+        assert files(again) == files(fresh)
+
+
+def test_patience_needs_validation_rows(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early_stopping_patience=2 needs `validation`, rows"):
+        train(table(), tiny_encoder, tmp_path, early_stopping_patience=2)
+
+
+def test_a_repeated_row_is_told_by_id_or_words_and_nothing_else(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows, texts = table(4), ["new", "words"]
+    with_numbers = with_columns(rows, {"id": ([5, 6, 7, 8], Value("int64"))})
+    nameless = rows.remove_columns("id")
+    marks = with_columns(rows, {"text": (["!!!", "...", "a", "b"], Value("string"))})
+    for number, (trained, seen, expected) in enumerate(
+        [
+            (with_numbers, validation_of(texts, [0, 1], id=[8, 9]), 1),
+            (nameless, validation_of(texts, [0, 1], id=["0", "1"]), 0),
+            (nameless, validation_of(texts, [0, 1]), 0),
+            (marks, validation_of(["???", "!!!"], [0, 1]), 1),
+        ]
+    ):
+        warned = pytest.warns(UserWarning, match="1 of 2") if expected else nullcontext()
+        given = {"validation": seen, "num_train_epochs": 1}
+        with warned:
+            folder = train(trained, tiny_encoder, tmp_path / str(number), **given)
+        card = json.loads((folder / "model_card.json").read_text())
+        assert card["validation"]["repeat_training_rows"] == expected
+
+
+def test_validation_rows_that_nobody_could_read_are_left_out() -> None:
+    many = load_labels(["a", "b"], multilabel=True)
+    probs = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    soft = SoftLabels.from_dense(probs, many).add_to(table(3))
+    ids, _, targets = validation_rows(soft, many)
+    assert ids == ["r0", "r2"]
+    assert targets.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+    gold = with_columns(soft, {"gold": ([[0], [], None], List(Value("int32")))})
+    ids, _, targets = validation_rows(gold, many)
+    assert ids == ["r0", "r1"]  # of gold, no label says that none is true
+    assert targets.tolist() == [[1.0, 0.0], [0.0, 0.0]]

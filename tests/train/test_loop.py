@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmlabel.loss.soft import soft_cross_entropy
-from llmlabel.train import checkpoint
-from llmlabel.train.loop import Objective, _passes, _update_batches, fit
+from llmlabel.train import checkpoint, loop
+from llmlabel.train import settings as settings_module
+from llmlabel.train.loop import Fitted, Objective, _passes, _update_batches, fit
 from llmlabel.train.network import padded
-from llmlabel.train.settings import learning_rate_factor, settle
+from llmlabel.train.settings import learning_rate_factor, settle, settle_student
 
 ROWS, LABELS, WIDTH = 30, 3, 6
 
@@ -226,6 +227,49 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None
     same(trained(objective(), tmp_path / "o"), trained(objective(), tmp_path / "k", save_steps=1))
 
 
+def test_a_checkpoint_of_fewer_processes_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their updates had fewer rows, so that some rows would have no part in the epoch."""
+    with pytest.raises(Killed):
+        trained(objective(dies_at=9), tmp_path, save_steps=1)
+    alone = loop._accelerator
+
+    class First:
+        """What the first of two processes is told; the other one's rows are lost."""
+
+        num_processes = 2
+
+        def __init__(self, *given: Any) -> None:
+            self.real = alone(*given)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    monkeypatch.setattr(loop, "_accelerator", First)
+    again, fresh = objective(), objective()
+    same(trained(fresh, tmp_path / "fresh"), trained(again, tmp_path))
+    assert torch.equal(again.memory.seen, fresh.memory.seen)
+    assert int(again.memory.seen.sum()) == 3 * 15  # its half of each epoch
+
+
+def test_the_launcher_does_not_decide_how_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    plain = trained(objective(), tmp_path / "plain", max_grad_norm=0.01)
+    for number, (name, value) in enumerate(
+        [("GRADIENT_ACCUMULATION_STEPS", "1000"), ("MIXED_PRECISION", "bf16")]
+    ):
+        with monkeypatch.context() as launched:
+            launched.setenv(f"ACCELERATE_{name}", value)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            given = {"max_grad_norm": 0.01}
+            same(plain, trained(objective(), tmp_path / str(number), **given))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_only_what_changes_the_result_must_be_the_same(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         trained(objective(dies_at=9), tmp_path, save_steps=1)
@@ -291,6 +335,18 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="max_steps must be above 0, or -1; got -2"):
         settle({"max_steps": -2})
     assert settle({"learning_rate": 0.1})["head_learning_rate"] == 0.5
+    with pytest.raises(ValueError, match="pooling is one of last, mean, max; got 'avg'"):
+        settle_student({"pooling": "avg"})
+    with pytest.raises(ValueError, match="bidirectional_from=2 has no meaning without bidir"):
+        settle_student({"bidirectional_from": 2})
+    assert settle_student({"bidirectional_from": 2, "bidirectional": True})
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to=wandb: the package wandb is missing; install"):
+        settle({"report_to": "wandb"})
+    assert settle({})["report_to"] == "none"
 
 
 # ------------------------------------------------------------------------------------ validation
@@ -312,6 +368,13 @@ def test_the_best_epoch_is_kept_and_no_better_one_stops(tmp_path: Path) -> None:
     assert done.best_epoch == 1
     same(weights[1], {k: p.detach() for k, p in one.network.named_parameters()})
     assert one.network.training
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+    for values, best in (([2.0, nan, 1.0, nan], 2), ([nan, 3.0], 1), ([nan, nan], 0)):
+        assert Fitted(validation=[{"loss": value} for value in values]).best_epoch == best
+    assert Fitted().best_epoch is None
 
 
 def test_the_curve_goes_to_a_tracker(tmp_path: Path) -> None:

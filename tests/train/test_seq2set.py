@@ -261,6 +261,28 @@ def test_a_checkpoint_of_others_is_not_continued(tiny_encoder: Path, tmp_path: P
         assert files(found) == files(fresh)
 
 
+def test_a_checkpoint_with_other_validation_rows_is_not_continued(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    short = {"num_train_epochs": 3, "save_steps": 1}
+    first, second = (
+        with_columns(
+            table(10).select(chosen),
+            {
+                "id": (["v0", "v1"], Value("string")),
+                "text": (["new", "words"], Value("string")),
+            },
+        )
+        for chosen in ([0, 1], [2, 3])
+    )
+    killed(4, table(), tiny_encoder, tmp_path / "k", **short, validation=first)
+    again = train(table(), tiny_encoder, tmp_path / "k", **short, validation=second)
+    fresh = train(table(), tiny_encoder, tmp_path / "f", **short, validation=second)
+    assert files(again) == files(fresh)
+    with pytest.raises(ValueError, match="early_stopping_patience=1 needs `validation`"):
+        train(table(), tiny_encoder, tmp_path / "p", early_stopping_patience=1)
+
+
 def test_validation_keeps_the_best_epoch(tiny_encoder: Path, tmp_path: Path) -> None:
     truth = members(10)
     truth[::3, 0] ^= True  # what was learned ever better is wrong here

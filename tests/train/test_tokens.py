@@ -10,6 +10,7 @@ from datasets import Dataset, Value
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.refine.views import SPANS
+from llmlabel.train import loop
 from llmlabel.train import tokens as module
 from llmlabel.train.classifier import predict
 from llmlabel.train.network import LoRA
@@ -170,3 +171,37 @@ def test_bad_input(tagger: Path, tiny_encoder: Path, tmp_path: Path) -> None:
         ValueError, match=r"it labels spans; use llmlabel\.train\.tokens\.predict_spans"
     ):
         predict(table(), model=tagger)
+
+
+def test_a_checkpoint_of_other_spans_is_not_continued(tiny_encoder: Path, tmp_path: Path) -> None:
+    """The same labels in the same texts, but `cat` where it was `the cat`."""
+    moved = [
+        spans and [{**one, "start": one["start"] + 4 * (one["label_id"] == 0)} for one in spans]
+        for spans in table()["spans"]
+    ]
+    other = with_columns(table(), {"spans": (moved, SPANS)})
+    short = {"num_train_epochs": 2, "save_steps": 1}
+
+    def dies(run: Any, chosen: list[int]) -> None:
+        if run.fitted.updates == 3:
+            raise KeyboardInterrupt
+        alive(run, chosen)
+
+    alive = loop._Run.update
+    with pytest.MonkeyPatch.context() as now:
+        now.setattr(loop._Run, "update", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(table(), tiny_encoder, tmp_path / "killed", **short)
+    again = train(other, tiny_encoder, tmp_path / "killed", **short)
+    fresh = train(other, tiny_encoder, tmp_path / "fresh", **short)
+    for name in ("head.safetensors", "adapter_model.safetensors", "model_card.json"):
+        assert (again / name).read_bytes() == (fresh / name).read_bytes()
+
+
+def test_rows_without_ids_repeat_nothing(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = table(6).remove_columns("id")
+    spans = [[{"start": 0, "end": 3, "label_id": 0, "prob": 1.0, "agreement": None}]]
+    seen = with_columns(Dataset.from_dict({"text": ["dog there"]}), {"spans": (spans, SPANS)})
+    folder = train(rows, tiny_encoder, tmp_path, num_train_epochs=1, validation=seen)
+    told = json.loads((folder / "model_card.json").read_text())["validation"]
+    assert (told["rows"], told["repeat_training_rows"]) == (1, 0)
