@@ -144,7 +144,11 @@ def gold_labels(dataset: Dataset, labels: LabelSpace) -> Dataset:
         )
     if not labels.multilabel:
         found /= np.maximum(found.sum(axis=1, keepdims=True), 1)
-    return SoftLabels.from_dense(found, labels).add_to(dataset)
+    rows = SoftLabels.from_dense(found, labels).add_to(dataset)
+    if not labels.multilabel or "error" in dataset.column_names:
+        return rows
+    # An empty label without an error says that no label is true.
+    return with_columns(rows, {"error": ([None] * len(rows), Value("string"))})
 
 
 def mix_gold(dataset: Dataset, labels: LabelSpace, *, kd_weight: float) -> Dataset:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmlabel import models, progress
 from llmlabel.loss.soft import weighted_mean
-from llmlabel.train import checkpoint
+from llmlabel.train import checkpoint, shards
 from llmlabel.train.settings import NO_RESULT, learning_rate_factor, number_format
 
 _SAVE_SECONDS = 60.0
@@ -113,6 +113,7 @@ def fit(
         ValueError: a loss or a gradient is no finite number.
     """
     accelerator = _accelerator(settings, name, output)
+    shards.divide_by_layer(accelerator, objective.network)
     optimizer = torch.optim.AdamW(objective.groups, weight_decay=settings["weight_decay"])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer = accelerator.prepare(objective.network, optimizer)
@@ -208,9 +209,15 @@ class _Run:
     def _gradient(self, chosen: list[int], total: float) -> Float[Tensor, ""]:
         """Adds the gradient of an update; the summed loss of this process's rows."""
         accelerator, objective, settings = self.accelerator, self.objective, self.settings
-        own = chosen[accelerator.process_index :: accelerator.num_processes]
+        count = accelerator.num_processes
         dtype = number_format(settings["dtype"], accelerator.device)
-        passes = list(_passes(own, objective.lengths, settings)) or [[]]
+        everyones = [
+            list(_passes(chosen[rank::count], objective.lengths, settings)) for rank in range(count)
+        ]
+        passes = everyones[accelerator.process_index]
+        # Divided weights are put together by all processes at once, in every pass.
+        least = max(map(len, everyones)) if accelerator.is_fsdp2 else 1
+        passes += [[]] * (least - len(passes))
         summed = torch.zeros((), device=accelerator.device)
         for number, rows in enumerate(passes):
             is_last = number == len(passes) - 1
@@ -231,7 +238,7 @@ class _Run:
                     loss = weighted_mean(values, weights.to(values), total=total)
                 else:
                     loss = (found * 0).sum()
-                # DDP averages over processes what should be a sum.
+                # DDP and FSDP average over processes what should be a sum.
                 accelerator.backward(loss * accelerator.num_processes)
             summed += loss.detach() * total
         return summed
@@ -274,20 +281,24 @@ class _Run:
             step=fitted.updates,
         )
         if fitted.best_epoch == len(fitted.validation) - 1:
-            self.best = {what: p.detach().cpu().clone() for what, p in self._weights().items()}
+            now = shards.gathered(self._weights())
+            self.best = {what: value.cpu().clone() for what, value in now.items()}
 
     def keep_best(self) -> None:
-        """Gives the network the weights of the best epoch."""
+        """Gives the network the weights of the best epoch; no process has a part of them only."""
         if self.best is not None:
             self._give(self.best)
+        shards.make_whole(self.accelerator.unwrap_model(self.wrapped), self._weights())
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
-        return trained(self.accelerator.unwrap_model(self.wrapped))
+        network = self.accelerator.unwrap_model(self.wrapped)
+        shards.divide_again(network)
+        return trained(network)
 
     @torch.no_grad()
     def _give(self, values: dict[str, Tensor]) -> None:
         for what, parameter in self._weights().items():
-            parameter.copy_(values[what])
+            parameter.copy_(shards.divided_like(values[what], parameter))
 
     # -------------------------------------------------------------------------------- checkpoints
 
@@ -297,16 +308,14 @@ class _Run:
         memory = self.objective.memory
         if memory is not None:
             memory.synchronize()
-        if not self.accelerator.is_main_process or _is_sharded(self.accelerator):
-            return
         parts: dict[str, dict[str, Tensor]] = {
-            "now": dict(self._weights()),
+            "now": shards.gathered(self._weights()),
             "best": self.best or {},
             "memory": {} if memory is None else memory.state_dict(),
+            **shards.kept_states(self.optimizer),
         }
-        for number, state in self.optimizer.state_dict()["state"].items():
-            parts[f"optimizer.{number}"] = state
-        checkpoint.save(self.output, parts, key=self.key, story=vars(self.fitted))
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.output, parts, key=self.key, story=vars(self.fitted))
 
     def go_on(self) -> None:
         """Takes up what an earlier process with the same key has left."""
@@ -317,13 +326,7 @@ class _Run:
             self.best = parts.get("best")
             if self.objective.memory is not None:
                 self.objective.memory.load_state_dict(parts.get("memory", {}))
-            state = self.optimizer.state_dict()
-            state["state"] = {
-                int(part.partition(".")[2]): values
-                for part, values in parts.items()
-                if part.startswith("optimizer.")
-            }
-            self.optimizer.load_state_dict(state)
+            shards.give_states(self.optimizer, parts)
             here = {name: getattr(self.fitted, name) for name in ("processes", "is_main")}
             self.fitted = Fitted(**story | here)
         self.accelerator.wait_for_everyone()  # nobody writes the next one before all have read this
@@ -344,11 +347,6 @@ def _accelerator(settings: dict[str, Any], name: str, output: Path) -> Any:
         plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
         accelerator.init_trackers(name, config=plain)
     return accelerator
-
-
-def _is_sharded(accelerator: Any) -> bool:
-    """Whether no process has all weights, so that a killed training begins again."""
-    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
 
 
 def _key(key: str, settings: dict[str, Any], processes: int) -> str:

@@ -74,7 +74,10 @@ def tags_of(
     for span in sorted(spans, key=rank):
         begins = True
         for at, word in enumerate(words):
-            if word.end <= span["start"] or word.start >= span["end"] or taken[at]:
+            if word.end <= span["start"] or word.start >= span["end"]:
+                continue
+            if taken[at]:
+                begins = True  # behind a more probable span it begins anew
                 continue
             taken[at] = True
             tag = 1 + 2 * span["label_id"] + (not begins)

@@ -45,6 +45,8 @@ class Rows:
 def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
     """The rows that have a text, a soft label and a weight above 0.
 
+    In a multi-label space an empty soft label whose `error` is null says that no label is true.
+
     Raises:
         ValueError: there are none.
     """
@@ -53,7 +55,11 @@ def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
     texts = [text or "" for text in dataset["text"]]
     weights = row_weights(dataset)
     has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
-    kept = np.flatnonzero((weights > 0) & (probs.sum(axis=1) > 0) & has_text)
+    labelled = probs.sum(axis=1) > 0
+    if labels.multilabel and "error" in dataset.column_names:  # it was read: none of the labels
+        pairs = zip(dataset["label_ids"][:], dataset["error"][:], strict=True)
+        labelled |= np.array([ids is not None and not e for ids, e in pairs], dtype=bool)
+    kept = np.flatnonzero((weights > 0) & labelled & has_text)
     if not kept.size:
         raise ValueError(
             f"none of the {len(texts)} rows has a text, a soft label and a weight above 0"

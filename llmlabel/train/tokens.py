@@ -226,6 +226,10 @@ def _tagged(
 
 
 def _check(span: dict[str, Any], id: Any, text: str, labels: LabelSpace) -> None:
+    if absent := {"start", "end", "label_id"} - set(span):
+        raise ValueError(
+            f"row with id {id!r}: a span has no {min(absent)!r}; it has {', '.join(map(str, span))}"
+        )
     start, end, label, prob = span["start"], span["end"], span["label_id"], prob_of(span)
     if not 0 <= start < end <= len(text):
         raise ValueError(

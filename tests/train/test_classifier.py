@@ -15,6 +15,7 @@ from llmlabel.data import with_columns
 from llmlabel.engine.fake import FakeEngine
 from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.refine.adapt import gold_labels
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train import checkpoint, classifier, loop
 from llmlabel.train.classifier import predict, train_classifier
@@ -470,3 +471,19 @@ def test_validation_rows_that_nobody_could_read_are_left_out() -> None:
     ids, _, targets = validation_rows(gold, many)
     assert ids == ["r0", "r1"]  # of gold, no label says that none is true
     assert targets.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_rows_of_no_label_are_learned_where_they_were_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = load_labels(["animal", "money"], multilabel=True)
+    probs = np.array([[0.9, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    rows = SoftLabels.from_dense(probs, many).add_to(table(3))
+    assert losses_of(monkeypatch, rows, many)["rows"].ids == ["r0"]  # nobody says that it was read
+    told = with_columns(rows, {"error": ([None, None, "unreadable"], Value("string"))})
+    assert losses_of(monkeypatch, told, many)["rows"].ids == ["r0", "r1"]
+    gold = with_columns(table(3), {"gold": ([[0], [], [1]], List(Value("int32")))})
+    assert losses_of(monkeypatch, gold_labels(gold, many), many)["rows"].ids == ["r0", "r1", "r2"]
+    single = with_columns(table(3), {"error": ([None] * 3, Value("string"))})
+    empty = SoftLabels.from_dense(probs, LABELS).add_to(single)
+    assert losses_of(monkeypatch, empty, LABELS)["rows"].ids == ["r0"]

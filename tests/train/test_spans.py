@@ -42,6 +42,8 @@ def test_a_word_belongs_to_the_most_probable_of_overlapping_spans() -> None:
     assert tags.argmax(axis=1).tolist() == [1, 3, 4]
     tags = tags_of([span(0, 8, 0), span(4, 14, 1)], words, labels=2)  # the longer one
     assert tags.argmax(axis=1).tolist() == [1, 3, 4]
+    tags = tags_of([span(0, 14, 0, 0.6), span(4, 8, 1, 0.9)], words, labels=2)
+    assert tags.argmax(axis=1).tolist() == [1, 3, 1]  # what is interrupted begins anew
     tags = tags_of([span(5, 6, 0)], words, labels=2)  # a part of a word is enough
     assert tags.argmax(axis=1).tolist() == [0, 1, 0]
 

@@ -162,6 +162,10 @@ def test_bad_input(tagger: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             train(rows, tiny_encoder, tmp_path / "m")
+    named = [{"start": 0, "end": 3, "label": "cat"}]
+    rows = Dataset.from_dict({"id": ["r0"], "text": ["the cat"], "spans": [named]})
+    with pytest.raises(ValueError, match="a span has no 'label_id'; it has start, end, label"):
+        train(rows, tiny_encoder, tmp_path / "m")
     with pytest.raises(ValueError, match="pooling has no meaning"):
         train(table(), tiny_encoder, tmp_path / "m", pooling="mean")
     weightless = with_columns(table(), {"weight": ([0.0] * 24, Value("float32"))})
