@@ -476,8 +476,12 @@ def indexed(kind: str, vectors: np.ndarray) -> Any:
         index.add(vectors)
         return index
     if kind == "usearch":
-        index = pytest.importorskip("usearch.index").Index(ndim=vectors.shape[1], dtype="f16")
-        index.add(np.arange(len(vectors)), vectors)
+        usearch = pytest.importorskip("usearch.index")
+        # Wide and by one thread, so that this graph of few rows finds all: several threads that
+        # begin an empty one may leave rows that no edge leads to.
+        wide = {"connectivity": 64, "expansion_add": 256, "expansion_search": 256}
+        index = usearch.Index(ndim=vectors.shape[1], dtype="f16", **wide)
+        index.add(np.arange(len(vectors)), vectors, threads=1)
         return index
     return Compares(vectors)
 
