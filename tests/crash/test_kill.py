@@ -27,7 +27,7 @@ student:
   labels: ${{labels}}
   model: "{encoder}"
   pooling: mean
-  num_train_epochs: 6
+  num_train_epochs: 4
   max_length: 128
   save_steps: 1
 predicted:
