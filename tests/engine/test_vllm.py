@@ -103,14 +103,19 @@ def test_a_student_is_served_as_it_predicts(student: Path, tmp_path: Path, merge
     ]
     rows = Dataset.from_dict({"id": [str(i) for i in range(len(texts))], "text": texts})
     expected = SoftLabels.from_dataset(predict(rows, model=student), LABELS).dense()
-    given: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": True, "max_tokens": 32}
+    # `predict` is in float32. Merging rounds backbone plus adapter once more where a folder is read in
+    # bfloat16 (0.0114 seen), so merged weights are compared as they were written.
+    given: dict[str, Any] = {
+        "dtype": "float32" if merged else "bfloat16",
+        "enforce_eager": True,
+        "max_tokens": 32,
+    }
     if merged:
         got = VLLMClassifier(export_classifier(student, output=tmp_path / "m"), **given)
     else:
         adapter = export_adapter(student, output=tmp_path / "adapter")
         got = VLLMClassifier(models.SMOLLM2, adapter=adapter, **given)
-    # `predict` is in float32. Merging rounds backbone plus adapter to bfloat16 once more: 0.0114 seen.
-    np.testing.assert_allclose(got.classify(texts), expected, atol=2e-2 if merged else 1e-2)
+    np.testing.assert_allclose(got.classify(texts), expected, atol=1e-3 if merged else 1e-2)
     assert np.ptp(expected, axis=0).max() > 0.3  # the texts matter
 
 

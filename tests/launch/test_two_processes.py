@@ -39,6 +39,7 @@ predicted: {{call: llmlabel.train.classifier.predict, dataset: "${{rows}}", mode
 
 PLAIN = "llmlabel.train.classifier.train_classifier"
 WAYS = {
+    "encoder": (PLAIN, "  pooling: mean"),
     "decoder": (PLAIN, "  bidirectional: true"),
     "early learning": (PLAIN, "  pooling: mean\n  early_learning: {beta: 0.5}"),
     "llkd": ("llmlabel.train.distill.distill", "  pooling: mean\n  select: llkd\n  alpha: 0.7"),
