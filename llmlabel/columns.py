@@ -37,6 +37,8 @@ COLUMNS: dict[str, str] = {
     "band": "string or null: what was done with the soft label (keep, soften, replace, drop)",
     "added_ids": "list<int32>: labels added to incomplete gold",
     "suspect": "bool or null: whether early epochs of a student found another label; null = not trained",
+    "early_id": "int32 or null: the label that early epochs of a student found; null = not trained",
+    "early_margin": "float32 or null: their share of the given label less the highest other one",
     "memorised": "bool or null: whether the student learned the label all the same",
     "summary": "string or null: what the text is about, in few words",
     "terms": "list<string>: words of the text that name something of its domain",
@@ -44,14 +46,31 @@ COLUMNS: dict[str, str] = {
     "absent_terms": "list<string>: terms that a model named and that do not stand in the text",
     "calls": "int32: prompts that were read for the row",
     "prompt_tokens": "int32 or null: their tokens",
+    "label_low": "list<float32>: lower ends of the intervals of label_probs",
+    "label_high": "list<float32>: upper ends of the intervals of label_probs",
+    "shift_weight": "float32: how much more probable the row is among new rows than calibration rows",
+    "p_value": "float64: largest p-value of the row's labels; small = no label fits",
+    "label_p_values": "list<float64>: p-values of label_ids",
+    "route": "string or null: who decides: model, person (it was unsure), audit (drawn at random)",
+    "set_nodes": "list<int32>: nodes of a hierarchy whose subtrees make up the set",
+    "certain_ids": "list<int32>: labels in every label set of the row's region",
+    "label_sets": "list<list<int32>>: the nearest label sets of the region; capped ones promise nothing",
+    "capped": "bool: whether the region holds more label sets than are listed",
+    "sets_least": "float64: label sets in the region, at least",
+    "sets_most": "float64: label sets in the region, at most",
+    "credibility": "float32: p-value of the nearest label set",
+    "confidence": "float32: 1 - p-value of the second nearest label set",
 }
 
 READABLE = {
     "bool": r"bool",
     "string": r"(large_)?string(_view)?",
     "float32": r"u?int\d+|float|double|halffloat",
+    "float64": r"u?int\d+|float|double|halffloat",
     "list<int32>": r"\w*list<[^:]+: (u?int\d+|null)\b.*",
     "list<float32>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
+    "list<float64>": r"\w*list<[^:]+: (u?int\d+|float|double|halffloat|null)\b.*",
+    "list<list<int32>>": r"\w*list<[^:]+: (\w*list<[^:]+: (u?int\d+|null)\b.*|null\b.*)",
     "int32": r"u?int\d+",
     "list<string>": r"\w*list<[^:]+: ((large_)?string(_view)?|null)\b.*",
     "list<struct<field, text>>": r"\w*list<[^:]+: (struct<(field|text): .*|null\b.*)",
@@ -89,10 +108,28 @@ ADDED_BY = {
     ),
     **dict.fromkeys(("cluster", "centrality"), "llmlabel.taxonomy.cluster.cluster_texts adds it"),
     **dict.fromkeys(("query", "query_reason"), "llmlabel.taxonomy.discover.discover adds it"),
-    **dict.fromkeys(("suspect", "memorised"), "llmlabel.train.memorisation.find_memorised adds it"),
+    **dict.fromkeys(
+        ("suspect", "memorised", "early_id", "early_margin"),
+        "llmlabel.train.memorisation.find_memorised adds it",
+    ),
     "summary": "llmlabel.taxonomy.induce.summarise adds it",
     **dict.fromkeys(
         ("terms", "types", "absent_terms"), "llmlabel.taxonomy.ontology.extract adds it"
     ),
     **dict.fromkeys(("calls", "prompt_tokens"), "llmlabel.label.hierarchy.label_hierarchy adds it"),
+    **dict.fromkeys(
+        ("label_low", "label_high"), "llmlabel.calibrate.scaling.apply_calibration adds it"
+    ),
+    "shift_weight": "llmlabel.calibrate.shift.add_shift_weights adds it",
+    **dict.fromkeys(("p_value", "label_p_values"), "llmlabel.calibrate.p_values.p_values adds it"),
+    "route": "llmlabel.calibrate.selective.route adds it",
+    "set_nodes": "llmlabel.calibrate.trees.predict_subtrees adds it",
+    **dict.fromkeys(
+        (
+            *("certain_ids", "label_sets", "capped", "sets_least", "sets_most"),
+            "credibility",
+            "confidence",
+        ),
+        "llmlabel.calibrate.powerset.predict_powerset adds it",
+    ),
 }

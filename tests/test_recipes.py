@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, List, Value
+from matplotlib.figure import Figure
 
 from llmlabel.data import read_parquet, save, with_columns
 from llmlabel.labelspace import load_labels
@@ -48,6 +49,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(texts[i])
     return tmp_path
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports put their plots together, but leave out the slow last step to SVG."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"<svg/>"))
 
 
 def overrides(name: str, tiny_encoder: Path, tiny_decoder: Path) -> list[str]:
@@ -240,6 +247,7 @@ def test_all_recipes_are_found() -> None:
     ]
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_python_equals_run(path: Path, place: Path, tiny_encoder: Path, tiny_decoder: Path) -> None:
     recipe = load_recipe(str(path), overrides(path.stem, tiny_encoder, tiny_decoder))

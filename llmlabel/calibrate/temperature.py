@@ -1,6 +1,7 @@
 """Temperature scaling: one number makes probabilities as confident as they are right."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,8 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.data import gold_index, require_columns
+from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -24,7 +26,8 @@ class Temperature:
 
     Attributes:
         value: Above 1 makes probabilities less confident, below 1 more.
-        nll_before: Mean negative log-likelihood of gold, in nats, at temperature 1.
+        nll_before: Mean negative log-likelihood of gold, in nats, at temperature 1; in a multi-label
+            space the mean over all stored labels of the rows, each with its own yes or no.
         nll_after: The same at `value`.
         rows: Number of rows fitted on.
         label_space: Fingerprint of the label space.
@@ -57,6 +60,21 @@ def scale(probs: csr_array, temperature: float) -> csr_array:
     return csr_array((scaled, probs.indices, probs.indptr), shape=probs.shape)
 
 
+def scale_odds(probs: csr_array, temperature: float) -> csr_array:
+    """The stored probabilities with their log-odds divided by `temperature`, each for itself."""
+    if temperature == 1:  # as they are, to the last bit
+        return csr_array(probs, dtype=np.float64)
+    scaled = 1 / (1 + np.exp(-log_odds(probs.data) / temperature))
+    values = np.where(probs.data > 0, scaled, 0.0)
+    return csr_array((values, probs.indices, probs.indptr), shape=probs.shape)
+
+
+def log_odds(probs: Float[np.ndarray, " stored"]) -> Float[np.ndarray, " stored"]:
+    """log(p / (1 - p)), finite: 0 and 1 count as their neighbours in float32, nearly."""
+    inside = np.clip(probs.astype(np.float64), np.finfo(np.float32).tiny, 1 - 2.0**-25)
+    return np.log(inside) - np.log1p(-inside)
+
+
 def nll_at(probs: csr_array, gold: Int[np.ndarray, " rows"], temperature: float) -> float:
     """Mean negative log-likelihood of gold in nats after scaling; a likelihood is at least 1e-12."""
     likelihood: Float[np.ndarray, " rows"] = np.asarray(
@@ -65,39 +83,59 @@ def nll_at(probs: csr_array, gold: Int[np.ndarray, " rows"], temperature: float)
     return float(-np.log(np.maximum(likelihood, _FLOOR)).mean())
 
 
+def best_temperature(nll: Callable[[float], float]) -> float:
+    """The temperature between 0.05 and 20 of the lowest `nll`; 1 where none is lower than at 1."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_t: nll(math.exp(log_t)),
+        bounds=(math.log(0.05), math.log(20)),
+        method="bounded",
+    )
+    value = math.exp(found.x)
+    return value if nll(value) < nll(1.0) else 1.0
+
+
 def fit_temperature(dataset: Dataset, labels: LabelSpace) -> Temperature:
     """Fits the temperature between 0.05 and 20 under which gold labels are most likely.
 
-    Rows without a soft label or without a gold label say nothing about confidence and are left out.
-    Where no temperature is better than 1, it is 1.
+    Rows without a soft label or without a gold label say nothing about confidence and are left out
+    (in a multi-label space an empty gold list does: none of the labels is true). Where no
+    temperature is better than 1, it is 1. In a multi-label space all labels share the temperature,
+    which divides their log-odds.
 
     Raises:
-        ValueError: In a multi-label space, or with fewer than 10 usable rows.
+        ValueError: With fewer than 10 usable rows.
     """
-    from scipy.optimize import minimize_scalar
-
-    _check_single(labels)
     require_columns(dataset, "gold")
-    probs = SoftLabels.from_dataset(dataset, labels).probs
-    gold = gold_index(dataset, labels)
-    usable = (gold >= 0) & (np.diff(probs.indptr) > 0)
-    rows = int(usable.sum())
-    if rows < MIN_ROWS:
+    known = with_gold(dataset)
+    refuse_routed(known)
+    probs = SoftLabels.from_dataset(known, labels).probs
+    usable = np.diff(probs.indptr) > 0
+    if labels.multilabel:
+        true = gold_matrix(known, labels)[usable]
+        probs = probs[usable]
+        hits = true[np.repeat(np.arange(len(true)), np.diff(probs.indptr)), probs.indices]
+        signs = np.where(hits, 1.0, -1.0)
+
+        def nll(temperature: float) -> float:
+            losses = np.logaddexp(0, -signs * log_odds(probs.data) / temperature)
+            return float(np.minimum(losses, -math.log(_FLOOR)).mean())
+    else:
+        gold = gold_index(known, labels)
+        usable &= gold >= 0
+        probs, gold = probs[usable], gold[usable]
+
+        def nll(temperature: float) -> float:
+            return nll_at(probs, gold, temperature)
+
+    if (rows := int(usable.sum())) < MIN_ROWS:
         raise ValueError(
             f"a temperature needs at least {MIN_ROWS} rows with a gold label and a soft label; "
             f"{rows} of {len(dataset)} rows have both"
         )
-    probs, gold = probs[usable], gold[usable]
-    found = minimize_scalar(
-        lambda log_t: nll_at(probs, gold, math.exp(log_t)),
-        bounds=(math.log(0.05), math.log(20)),
-        method="bounded",
-    )
-    before, value = nll_at(probs, gold, 1.0), math.exp(found.x)
-    after = nll_at(probs, gold, value)
-    if not after < before:
-        value, after = 1.0, before
-    return Temperature(value, before, after, rows, labels.fingerprint)
+    value = best_temperature(nll)
+    return Temperature(value, nll(1.0), nll(value), rows, labels.fingerprint)
 
 
 def apply_temperature(dataset: Dataset, labels: LabelSpace, temperature: Temperature) -> Dataset:
@@ -106,24 +144,16 @@ def apply_temperature(dataset: Dataset, labels: LabelSpace, temperature: Tempera
     Raises:
         ValueError: If the temperature was fitted in another label space.
     """
-    _check_single(labels)
     if temperature.label_space != labels.fingerprint:
         raise ValueError(
             f"the temperature was fitted in label space {temperature.label_space}, but the label "
             f"space given is {labels.fingerprint}; fit it again on gold rows of this one"
         )
     soft = SoftLabels.from_dataset(dataset, labels)
-    return SoftLabels(scale(soft.probs, temperature.value), soft.space).add_to(dataset)
+    scaled = (scale_odds if labels.multilabel else scale)(soft.probs, temperature.value)
+    return SoftLabels(scaled, soft.space, soft.multilabel).add_to(dataset)
 
 
 def _one_hot(gold: Int[np.ndarray, " rows"], labels: int) -> csr_array:
     rows = len(gold)
     return csr_array((np.ones(rows), gold, np.arange(rows + 1)), shape=(rows, labels))
-
-
-def _check_single(labels: LabelSpace) -> None:
-    if labels.multilabel:
-        raise ValueError(
-            "temperature scaling needs a label space of one label a row; this one is multi-label "
-            "(load it with multilabel=false, or leave out the temperature)"
-        )

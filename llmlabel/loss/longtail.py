@@ -133,14 +133,17 @@ class LabelCorrector(torch.nn.Module):
         """The targets with what was added, and what was added, for a record of it.
 
         Args:
-            logits: of the rows.
+            logits: of the rows; one that is not finite says nothing about P_c.
             targets: the labels given; 0 is a label not given.
-            real: False for a row that only fills a batch and says nothing about P_c.
+            real: False for a row that only fills a batch and says nothing about P_c either.
         """
         probs = upcast(logits).sigmoid()
-        counted = torch.ones(len(probs), dtype=torch.bool) if real is None else real
+        counted = torch.isfinite(probs).all(dim=1)
+        if real is not None:
+            counted &= real.to(counted.device)
         weights = counted.to(self.sums)
-        self._sums += (weights[:, None] * probs.to(self.sums)).sum(dim=0)
+        known = torch.where(counted[:, None], probs, 0.0)
+        self._sums += known.to(self.sums).sum(dim=0)
         self._rows += weights.sum()
         mean = (self.sums / self.rows.clamp(min=1)).to(probs)
         added = (probs > mean.clamp(min=self.tau)) & (targets == 0)
@@ -152,6 +155,95 @@ class LabelCorrector(torch.nn.Module):
         self.rows += sum_over_processes(self._rows)
         self._sums.zero_()
         self._rows.zero_()
+
+
+class LongTailLoss(torch.nn.Module):
+    """COMIC's modifier and corrector together, with the state that they keep.
+
+    L_mfm on the labels given plus, after some epochs, `correction_weight` (rows / labels given)
+    L_mfm on what `LabelCorrector` makes of them. There h follows the counts of corrected labels.
+    Call `synchronize` after every update.
+
+    Differs from the paper: rows / labels is that of all training rows, not of a batch, so that rows
+    do not depend on each other.
+
+    Args:
+        counts: rows of each label among the labels given.
+        rows: number of training rows; an epoch.
+        tau: see `LabelCorrector`; null corrects nothing.
+        start_epoch: epochs before labels are corrected.
+        correction_weight: lambda_c / lambda_m.
+        **modifier: see `multi_focal_loss`.
+    """
+
+    counts: Tensor
+    found: Tensor
+    _found: Tensor
+
+    def __init__(
+        self,
+        counts: Float[Tensor, " labels"],
+        rows: int,
+        *,
+        tau: float | None = 0.7,
+        start_epoch: int = 1,
+        correction_weight: float = 1.0,
+        **modifier: float,
+    ) -> None:
+        super().__init__()
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch must be at least 0; got {start_epoch}")
+        for name, value in {"correction_weight": correction_weight, **modifier}.items():
+            if not 0 <= value < (1 if name == "clip" else float("inf")):
+                most = " and below 1" if name == "clip" else ""
+                raise ValueError(f"{name} must be at least 0{most}; got {value}")
+        self.rows, self.start_epoch, self.modifier = rows, start_epoch, modifier
+        self.scale = correction_weight * rows / max(1.0, float(counts.sum()))
+        self.corrector = None if tau is None else LabelCorrector(len(counts), tau=tau)
+        self.register_buffer("counts", upcast(counts).float(), persistent=False)
+        # one more than labels: the last counts the rows that were corrected
+        for name, persistent in (("found", True), ("_found", False)):
+            self.register_buffer(name, torch.zeros(len(counts) + 1), persistent=persistent)
+
+    def forward(
+        self, logits: Float[Tensor, "rows labels"], targets: Float[Tensor, "rows labels"]
+    ) -> Float[Tensor, " rows"]:
+        """The loss of each row."""
+        values = self.modified(logits, targets)
+        if self.corrector is None:
+            return values
+        corrected, _ = self.corrector(logits.detach(), targets)
+        if self.corrector.rows < self.start_epoch * self.rows:
+            return values
+        self._found[:-1] += corrected.sum(dim=0).to(self._found)
+        self._found[-1] += len(corrected)
+        share = self.rows / self.found[-1].clamp(min=1)
+        now = torch.where(self.found[-1] > 0, self.found[:-1] * share, self.counts)
+        return values + self.scale * self._modified(logits, corrected, now)
+
+    def modified(
+        self, logits: Float[Tensor, "rows labels"], targets: Float[Tensor, "rows labels"]
+    ) -> Float[Tensor, " rows"]:
+        """L_mfm alone, which changes no state; for rows that are not trained on."""
+        return self._modified(logits, targets, self.counts)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Takes in what all processes saw since the last call."""
+        if self.corrector is not None:
+            self.corrector.synchronize()
+        self.found += sum_over_processes(self._found)
+        self._found.zero_()
+
+    def added_per_row(self) -> float:
+        """Labels that were added to a row on average, where rows were corrected."""
+        if not self.found[-1]:
+            return 0.0
+        return float(self.found[:-1].sum() / self.found[-1] - self.counts.sum() / self.rows)
+
+    def _modified(self, logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+        factors = head_tail_factors(counts).to(logits.device)
+        return multi_focal_loss(logits, targets, factors, **self.modifier)
 
 
 class HeadTail(NamedTuple):

@@ -14,8 +14,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor, distributed
 
 from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy, upcast
@@ -86,7 +88,8 @@ class TargetMemory(torch.nn.Module):
         """Takes in the predictions of some rows; their new targets, as float32.
 
         Call it once for each presentation of a row. Micro-batches that share an update may come one
-        by one, as the memory changes no weight.
+        by one, as the memory changes no weight. A row whose prediction is no finite number keeps the
+        target that it had.
 
         Args:
             logits: of the rows.
@@ -104,10 +107,12 @@ class TargetMemory(torch.nn.Module):
         new = _clamped(logits, multilabel=self.multilabel).to(place, torch.float32)[known]
         if not self.multilabel:
             new = new / new.sum(dim=1, keepdim=True)
-        old = self.read(rows)
+        fine = torch.isfinite(new).all(dim=1)
+        new, taken = new[fine], rows[fine]
+        old = self.read(taken)
         if self.multilabel:
-            old = torch.where(self.seen[rows, None], old, new)
-        self._write(rows, self.beta * old + (1 - self.beta) * new)
+            old = torch.where(self.seen[taken, None], old, new)
+        self._write(taken, self.beta * old + (1 - self.beta) * new)
         targets = torch.zeros(len(index), self.labels, device=place)
         targets[known] = self.read(rows)
         return targets.to(logits.device)
@@ -119,6 +124,20 @@ class TargetMemory(torch.nn.Module):
             return self.targets[index]
         dense = torch.zeros(len(index), self.labels, device=self.targets.device)
         return dense.scatter_(1, self.ids[index].long(), self.targets[index])
+
+    def stored(self) -> csr_array:
+        """Targets of all rows, of which only `top_k` are kept; nothing of a row never seen."""
+        values = self.targets.cpu().numpy()
+        if self.top_k is None:
+            return csr_array(values)
+        starts = np.arange(len(values) + 1) * self.top_k
+        ids = self.ids.cpu().numpy().ravel()
+        found = csr_array(
+            (values.ravel(), ids, starts), shape=(len(values), self.labels), copy=True
+        )
+        found.eliminate_zeros()  # before the ids of a row never seen are added up
+        found.sort_indices()
+        return found
 
     def suspects(self, given: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
         """Rows whose given label is not the most probable of their target: likely label errors.

@@ -3,7 +3,6 @@
 How good each source is, what its probabilities and sets are worth, and which rows need a human.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -18,10 +17,13 @@ from datasets import Dataset
 
 from llmlabel import select
 from llmlabel.calibrate.conformal import Conformal
+from llmlabel.calibrate.groups import GroupConformal
 from llmlabel.files import arrow_table, commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
 from llmlabel.report.measure import values_of
+from llmlabel.report.memorised import memorised, most_suspicious
+from llmlabel.report.sets import fitted, prediction_sets
 from llmlabel.report.taxonomy import costs, hierarchy, rounds
 from llmlabel.report.voters import who_voted
 from llmlabel.taxonomy.induce import Taxonomy
@@ -46,9 +48,10 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     baselines: dict[str, str] | None = None,
     split: str | None = "test",
     title: str = "llmlabel report",
-    conformal: Conformal | None = None,
+    conformal: Conformal | GroupConformal | None = None,
     model: Path | None = None,
     taxonomy: Taxonomy | list[dict[str, Any]] | None = None,
+    suspects: Dataset | None = None,
     review_rows: int = 25,
 ) -> dict[str, Any]:
     """Measures every source and writes `report.json` and `report.html` into `output`.
@@ -64,10 +67,13 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         split: Only rows with this value in the column `split` are measured, and the gold of no
             other row is read; `None` measures all rows.
         title: Of the page.
-        conformal: What made the sets; its promise is shown beside what was measured.
+        conformal: What made the sets; its promise is shown beside what was measured, and what breaks
+            it.
         model: A model folder, whose `model_card.json` is shown.
         taxonomy: How the labels were found, or its `history`; every round is shown.
-        review_rows: How many of the most uncertain rows are listed.
+        suspects: What `llmlabel.train.memorisation.find_memorised` gave of the training rows; gold,
+            where they have it, measures only how often the suspicion is right.
+        review_rows: How many of the most uncertain rows are listed, and of the most suspicious.
 
     Returns:
         The content of report.json; `summary` maps flat names to the main numbers.
@@ -90,7 +96,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     report: dict[str, Any] = {
         "summary": {},
         "sources": {name: measure.measure(run, name) for name in run.tables},
-        "coverage": measure.coverage(run),
+        "coverage": prediction_sets(run),
         "confusion": measure.confusion(run, student),
         "confusions": {
             name: measure.confusion(run, name)
@@ -111,12 +117,19 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
             ("costs", costs(run, report["sources"])),
             ("voters", who_voted(run)),
             ("taxonomy", rounds(taxonomy)),
+            ("memorised", memorised(suspects, labels)),
         )
         if part is not None
     }
     report["summary"] = _summary(run, report)
+    suspicious = [
+        row | {"text": _short(row["text"], TEXT_CHARACTERS)}
+        for row in most_suspicious(suspects, labels, rows=review_rows)
+    ]
+    if "memorised" in report:
+        report["memorised"]["most"] = [row["id"] for row in suspicious]
     report = _plain(report)
-    html = page.render(run, report, _plain(review), title=title)
+    html = page.render(run, report, _plain(review), suspicious, title=title)
     content = json.dumps(report, indent=2, allow_nan=False) + "\n"
     commit(output / "report.json", lambda path: path.write_bytes(content.encode()))
     commit(output / "report.html", lambda path: path.write_bytes(html.encode()))
@@ -271,7 +284,7 @@ def _provenance(run: measure.Run, model: Path | None) -> dict[str, Any]:
                 labels.ids, labels.names, labels.descriptions, labels.parents, strict=True
             )
         ],
-        "conformal": None if run.conformal is None else dataclasses.asdict(run.conformal),
+        "conformal": None if run.conformal is None else fitted(run.conformal),
         "versions": versions,
         "model_card": content,
     }

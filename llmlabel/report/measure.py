@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 
 from llmlabel import metrics
 from llmlabel.calibrate.conformal import Conformal
+from llmlabel.calibrate.groups import GroupConformal
 from llmlabel.data import gold_index, gold_matrix, plain_words, require_columns
 from llmlabel.labelspace import LabelSpace, graph
 from llmlabel.softlabels import SoftLabels
@@ -36,7 +38,7 @@ class Run:
     student: str
     befores: dict[str, str]
     split: str | None
-    conformal: Conformal | None
+    conformal: Conformal | GroupConformal | None
     measured: Int[np.ndarray, " measured"]
     """Rows of the split."""
     rows: Int[np.ndarray, " gold_rows"]
@@ -82,7 +84,7 @@ def gather(
     student: str,
     befores: dict[str, str],
     split: str | None,
-    conformal: Conformal | None,
+    conformal: Conformal | GroupConformal | None,
 ) -> Run:
     """Checks that the sources fit together, and brings their rows into one order."""
     if not sources:
@@ -274,25 +276,24 @@ def coverage(run: Run) -> dict[str, Any] | None:
     }
     if not run.single_gold:
         return result
-    sets = np.zeros((len(run.rows), len(run.labels)), dtype=bool)
-    for at, row in enumerate(run.rows):
-        sets[at, run.sets[row]] = True
-    result |= _covered(sets, run.gold)
-    if run.conformal is not None:
+    result |= _covered(gold_sets(run), run.gold)
+    if isinstance(run.conformal, Conformal):
         result["promised_low"], result["promised_high"] = metrics.promised_coverage(
             calibration_rows=run.conformal.rows, rows=len(run.rows), alpha=run.conformal.alpha
         )
-    result["classes"] = {
-        name: _covered(sets[there], run.gold[there])
-        for line, name in enumerate([*run.lines, NO_LABEL])
-        if (there := run.lines_of(run.gold) == line).any()
-    }
     return result
 
 
-def _covered(
-    sets: Bool[np.ndarray, "rows labels"], gold: Int[np.ndarray, " rows"]
-) -> dict[str, Any]:
+def gold_sets(run: Run) -> csr_array:
+    """The sets of the rows whose gold is known, each label once."""
+    sets = [sorted({*run.sets[row]}) for row in run.rows.tolist()] if run.sets is not None else []
+    offsets = np.cumsum([0, *map(len, sets)])
+    ids = np.array([label for ids in sets for label in ids], dtype=np.int64)
+    held = np.ones(len(ids), dtype=bool)
+    return csr_array((held, ids, offsets), shape=(len(sets), len(run.labels)))
+
+
+def _covered(sets: csr_array, gold: Int[np.ndarray, " rows"]) -> dict[str, Any]:
     share = metrics.coverage(sets, gold)
     covered = round(share * len(gold))
     low, high = metrics.binomial_interval(covered, len(gold))

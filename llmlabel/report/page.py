@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from llmlabel.labelspace.show import printable, tree_html
 from llmlabel.refine.votes import FEW
 from llmlabel.report import matrices, plots
+from llmlabel.report import sets as prediction_sets
 from llmlabel.report.measure import Run, names_of
 from llmlabel.report.taxonomy import score_series
 
@@ -32,22 +32,31 @@ _COLUMNS = {
 """Key -> name, and whether it is a share of which more is better."""
 
 
-def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, title: str) -> str:
-    """The page as text; `report` and `review` hold plain JSON values."""
-    from jinja2 import Environment, StrictUndefined
+def render(
+    run: Run,
+    report: dict[str, Any],
+    review: list[dict[str, Any]],
+    suspicious: list[dict[str, Any]],
+    *,
+    title: str,
+) -> str:
+    """The page as text; all but the run holds plain JSON values."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_clean, trim_blocks=False
+        loader=PackageLoader("llmlabel", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
     )
     environment.filters |= {
         "percent": percent,
         "decimals": lambda number, places: f"{number:.{places}f}",
         "count": lambda number: f"{number:,}",
     }
-    template = (resources.files("llmlabel.report") / "page.html.jinja").read_text("utf-8")
     bias = report["label_bias"]
     provenance = report["provenance"]
-    return environment.from_string(template).render(
+    return environment.get_template("page.html.jinja").render(
         title=title,
         student=run.student,
         multilabel=run.labels.multilabel,
@@ -73,10 +82,13 @@ def render(run: Run, report: dict[str, Any], review: list[dict[str, Any]], *, ti
         costs=report.get("costs"),
         voters=report.get("voters"),
         few=FEW,
+        few_compared=prediction_sets.FEW,
         between=_between,
         disagreements=disagreements,
         most_names=MOST_NAMES,
         label_names=dict(zip(run.labels.ids, names_of(run.labels), strict=True)),
+        memorised=report.get("memorised"),
+        suspicious=suspicious,
         rounds=report.get("taxonomy"),
         most_rounds=MOST_ROUNDS,
         report=report,
@@ -223,13 +235,14 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         if "coverage" in sets:
             measured = plots.Measured(*(sets[f"coverage{end}"] for end in ("", "_low", "_high")))
             promised = None
-            if sets["target"] is not None:
+            if "promised_low" in sets:
                 promised = sets["promised_low"], sets["promised_high"]
             figures["coverage"] = {
                 "src": plots.coverage(measured, target=sets["target"], promised=promised),
                 "alt": f"Coverage {percent(measured.value)}, 95 % interval "
                 f"{_between(measured.low, measured.high)}.",
             }
+        figures |= prediction_sets.figures(sets)
     if matrix:
         figures["confusion", run.student] = _confusion(matrix)
     figures |= {("confusion", name): _confusion(one) for name, one in report["confusions"].items()}

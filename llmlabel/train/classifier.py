@@ -9,11 +9,9 @@ ever looked at; the head starts at zero and learns five times as fast; the learn
 and then falls. `bidirectional` removes the causal mask (LS-unLLaMA).
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from llmlabel import models
 from llmlabel.blocks import map_blocks
 from llmlabel.data import require_columns, save, with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.loss.longtail import LongTailLoss
 from llmlabel.loss.robust import TargetMemory, early_learning_penalty
 from llmlabel.loss.soft import (
     balanced_class_weights,
@@ -35,11 +34,23 @@ from llmlabel.loss.soft import (
 )
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 from llmlabel.train.network import load_classifier, student_sha
-from llmlabel.train.settings import EARLY, EarlyLearning, StudentTraining, settle_student
-from llmlabel.train.student import label_counts, probabilities, train_student, training_rows
+from llmlabel.train.settings import (
+    EARLY,
+    EarlyLearning,
+    LongTail,
+    StudentTraining,
+    settle_student,
+)
+from llmlabel.train.student import (
+    Rows,
+    label_counts,
+    probabilities,
+    train_student,
+    training_rows,
+)
 
 
-def train_classifier(
+def train_classifier(  # noqa: PLR0913  # one plain choice each
     dataset: Dataset,
     labels: LabelSpace,
     *,
@@ -49,6 +60,7 @@ def train_classifier(
     label_smoothing_factor: float = 0.0,
     class_weights: Literal["balanced"] | None = None,
     early_learning: EarlyLearning | None = None,
+    longtail: LongTail | None = None,
     **training: Unpack[StudentTraining],
 ) -> Path:
     """Trains a student on soft labels and writes its folder.
@@ -64,11 +76,14 @@ def train_classifier(
         output: the model folder.
         validation: rows with `gold`, or else with soft labels, that no training row repeats. The
             epoch whose mean loss on them is lowest is kept; `early_stopping_patience` epochs without
-            a better one end the training.
+            a better one end the training. Each counts once: their `weight` is not read.
         label_smoothing_factor: share of each target that all labels get alike.
         class_weights: `balanced` lets all labels count alike (in a multi-label space its positives).
         early_learning: holds the student to what it said before it learned wrong labels by heart;
             what it remembers is kept beside the model for `llmlabel.train.memorisation`.
+        longtail: in a multi-label space, forgives easy negatives of rare labels and adds labels that
+            nobody gave (COMIC without its head-tail balancer); the loss on `validation` is then its
+            loss without added labels.
         **training: see `llmlabel.train.settings.StudentTraining`.
 
     Returns:
@@ -82,25 +97,12 @@ def train_classifier(
         "label_smoothing_factor": label_smoothing_factor,
         "class_weights": class_weights,
         "early_learning": None if early_learning is None else asdict(early_learning),
+        "longtail": None if longtail is None else asdict(longtail),
     }
-    if not 0 <= label_smoothing_factor < 1:
-        raise ValueError(
-            f"label_smoothing_factor must be at least 0 and below 1; got {label_smoothing_factor}"
-        )
+    _check(settings, labels)
     rows = training_rows(dataset, labels)
-    given = torch.from_numpy(rows.targets)
-    targets = smooth(given, label_smoothing_factor, multilabel=labels.multilabel)
-    weigh: Callable[..., Float[Tensor, " some"]] = soft_cross_entropy
-    if labels.multilabel:
-        weigh = binary_cross_entropy
-    pos_weight = None
-    if class_weights == "balanced" and labels.multilabel:
-        positive = balanced_pos_weight(label_counts(rows))
-        weigh, pos_weight = partial(weigh, pos_weight=positive), positive.numpy()
-    elif class_weights == "balanced":
-        weigh = partial(weigh, class_weights=balanced_class_weights(label_counts(rows)))
-
-    memory = None
+    weights = _label_weights(rows, labels) if class_weights else None
+    memory: TargetMemory | LongTailLoss | None = None
     if early_learning is not None:
         memory = TargetMemory(
             rows.ids,
@@ -109,20 +111,33 @@ def train_classifier(
             top_k=early_learning.top_k,
             multilabel=labels.multilabel,
         )
+    elif longtail is not None:
+        memory = LongTailLoss(
+            torch.from_numpy(rows.soft.sum(axis=0)), len(rows.ids), **asdict(longtail)
+        )
 
     def losses(logits: Tensor, chosen: list[int]) -> Float[Tensor, " some"]:
-        values = weigh(logits, targets[chosen].to(logits))
+        given = smooth(rows.block(chosen), label_smoothing_factor, multilabel=labels.multilabel)
+        targets = given.to(logits)
+        if isinstance(memory, LongTailLoss):
+            return memory(logits, targets)
+        if labels.multilabel:
+            values = binary_cross_entropy(logits, targets, pos_weight=weights)
+        else:
+            values = soft_cross_entropy(logits, targets, class_weights=weights)
         if memory is None or early_learning is None:
             return values
         remembered = memory.update(logits.detach(), torch.tensor(chosen))
         penalty = early_learning_penalty(logits, remembered, multilabel=labels.multilabel)
         return values + early_learning.penalty_weight * penalty
 
-    def keep_memory(folder: Path) -> None:
+    def keep_memory(folder: Path) -> dict[str, Any]:
+        if isinstance(memory, LongTailLoss):
+            return {"labels_added_per_row": memory.added_per_row()}
         if memory is not None:
-            everything = torch.arange(len(rows.ids))
-            soft = SoftLabels.from_dense(memory.read(everything).double().numpy(), labels)
+            soft = SoftLabels(memory.stored(), labels.fingerprint, labels.multilabel)
             save(soft.add_to(Dataset.from_dict({"id": rows.ids})), folder / EARLY)
+        return {}
 
     return train_student(
         rows,
@@ -133,9 +148,36 @@ def train_classifier(
         output=output,
         validation=validation,
         memory=memory,
+        after_update=memory.synchronize if isinstance(memory, LongTailLoss) else None,
         keep_more=keep_memory,
-        pos_weight=pos_weight,
+        pos_weight=None if weights is None else weights.numpy(),
+        compare=memory.modified if isinstance(memory, LongTailLoss) else None,
     )
+
+
+def _label_weights(rows: Rows, labels: LabelSpace) -> Float[Tensor, " labels"]:
+    """What a true label counts, so that all count alike."""
+    balanced = balanced_pos_weight if labels.multilabel else balanced_class_weights
+    return balanced(label_counts(rows))
+
+
+def _check(settings: dict[str, Any], labels: LabelSpace) -> None:
+    """Refuses what has no meaning, alone or together."""
+    factor, weights = settings["label_smoothing_factor"], settings["class_weights"]
+    if not 0 <= factor < 1:
+        raise ValueError(f"label_smoothing_factor must be at least 0 and below 1; got {factor}")
+    if weights not in (None, "balanced"):
+        raise ValueError(f"class_weights is 'balanced' or null; got {weights!r}")
+    if settings["longtail"] is None:
+        return
+    if not labels.multilabel:
+        raise ValueError(
+            "longtail is for rows of any number of labels, but in this label space a row has one; "
+            "load it with multilabel=true, or give class_weights='balanced' instead"
+        )
+    for name in ("label_smoothing_factor", "class_weights", "early_learning"):
+        if settings[name]:
+            raise ValueError(f"longtail weighs labels by itself; leave {name} out, or longtail")
 
 
 def predict(

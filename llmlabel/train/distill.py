@@ -11,14 +11,14 @@ L = (1 - alpha) CE(gold) + alpha T^2 D(teacher, student), both at temperature T 
 The teacher labels first, with any of `llmlabel.label`: no engine runs while a student is trained.
 """
 
-import hashlib
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from llmlabel.data import gold_matrix
@@ -33,7 +33,10 @@ from llmlabel.loss.soft import (
 )
 from llmlabel.select.learnable import LLKD
 from llmlabel.train.settings import StudentTraining, settle_student
-from llmlabel.train.student import Rows, train_student, training_rows
+from llmlabel.train.student import Rows, csr_sha, train_student, training_rows
+
+Selection = Literal["all", "llkd"]
+"""Which rows of an update take part in it."""
 
 
 def distill(  # noqa: PLR0913 - each knob of a training is an override of a recipe
@@ -46,7 +49,7 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
     temperature: float = 1.0,
     divergence: Divergence = "kl",
     kd_steps: int | None = None,
-    select: Literal["all", "llkd"] = "all",
+    select: Selection = "all",
     validation: Dataset | None = None,
     **training: Unpack[StudentTraining],
 ) -> Path:
@@ -69,7 +72,8 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
         temperature: T; above 1 it shows more of what the teacher thinks of the other labels.
         divergence: D; in a multi-label space it is the binary cross-entropy.
         kd_steps: updates with the teacher; later ones are of gold alone, so that rows without gold
-            have no part in them.
+            have no part in them. Each row with gold then counts as much more as there are fewer of
+            them, so that updates stay as large as they were.
         select: `llkd` takes part in an update only with rows that the thresholds of
             `llmlabel.select.learnable.LLKD` let through, and weighs them. Differs from there: the
             thresholds move after an update, by all its rows, so that neither passes nor processes
@@ -80,16 +84,14 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
     Raises:
         ValueError: a setting is out of range, or gold is asked for and no row has any.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha, the share of the teacher, must be between 0 and 1; got {alpha}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0; got {temperature}")
-    if kd_steps is not None and kd_steps < 1:
-        raise ValueError(
-            f"kd_steps must be at least 1; got {kd_steps}; leave it out for all updates"
-        )
-    if select == "llkd" and labels.multilabel:
-        raise ValueError("select='llkd' needs labels that exclude each other (single-label)")
+    given: dict[str, Any] = {
+        "alpha": alpha,
+        "temperature": temperature,
+        "divergence": divergence,
+        "kd_steps": kd_steps,
+        "select": select,
+    }
+    _check(given, labels)
     settings = settle_student(training)
     rows = training_rows(dataset, labels)
     gold, has_gold = _gold(dataset, rows, labels)
@@ -98,20 +100,14 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
             "alpha below 1 and kd_steps need gold, and no row has any; load it, or give alpha=1 "
             "without kd_steps"
         )
-    teacher = torch.from_numpy(rows.targets)
+    alone = float(rows.weights.sum() / max(rows.weights[has_gold.numpy()].sum(), 1e-300))
     course = _Course(len(labels))
-    given: dict[str, Any] = {
-        "alpha": alpha,
-        "temperature": temperature,
-        "divergence": divergence,
-        "kd_steps": kd_steps,
-        "select": select,
-    }
 
     def losses(logits: Tensor, chosen: list[int]) -> Float[Tensor, " some"]:
         teaches = kd_steps is None or course.updates < kd_steps
         share = torch.where(has_gold[chosen], alpha if teaches else 0.0, float(teaches)).to(logits)
-        true, said = gold[chosen].to(logits), teacher[chosen].to(logits)
+        true = torch.from_numpy(gold[chosen].toarray()).to(logits)
+        said = rows.block(chosen).to(logits)
         compare = binary_cross_entropy if labels.multilabel else soft_cross_entropy
         taught = (
             binary_distillation_loss(logits, said, said, alpha=1.0, temperature=temperature)
@@ -121,7 +117,9 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
             )
         )
         values = (1 - share) * has_gold[chosen].to(logits) * compare(logits, true) + share * taught
-        return values * course.weights(said, logits) if teaches and select == "llkd" else values
+        if not teaches:
+            return alone * values
+        return values * course.weights(said, logits) if select == "llkd" else values
 
     return train_student(
         rows,
@@ -133,27 +131,47 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
         validation=validation,
         memory=course,
         after_update=course.end_update,
-        told={"gold_rows": int(has_gold.sum()), "gold_sha": _sha(gold, has_gold)},
+        told={"gold_rows": int(has_gold.sum()), "gold_sha": csr_sha(gold, has_gold.numpy())},
     )
+
+
+def _check(given: dict[str, Any], labels: LabelSpace) -> None:
+    """Refuses settings that are out of range."""
+    alpha, temperature, kd_steps = (given[name] for name in ("alpha", "temperature", "kd_steps"))
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the share of the teacher, must be between 0 and 1; got {alpha}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0; got {temperature}")
+    if kd_steps is not None and kd_steps < 1:
+        raise ValueError(
+            f"kd_steps must be at least 1; got {kd_steps}; leave it out for all updates"
+        )
+    for name, kind in (("divergence", Divergence), ("select", Selection)):
+        if given[name] not in get_args(kind):
+            raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {given[name]!r}")
+    if given["select"] == "llkd" and labels.multilabel:
+        raise ValueError("select='llkd' needs labels that exclude each other (single-label)")
 
 
 def _gold(
     dataset: Dataset, rows: Rows, labels: LabelSpace
-) -> tuple[Float[Tensor, "rows labels"], Any]:
+) -> tuple[csr_array, Bool[Tensor, " rows"]]:
     """Of the rows that are trained on: the gold labels, and whether they are known."""
     if "gold" not in dataset.column_names:
-        return torch.zeros(len(rows.ids), len(labels)), torch.zeros(len(rows.ids), dtype=torch.bool)
+        nothing = csr_array((len(rows.ids), len(labels)), dtype=np.float32)
+        return nothing, torch.zeros(len(rows.ids), dtype=torch.bool)
     some = dataset.select(rows.kept)
-    found = gold_matrix(some, labels).astype(np.float32)
+    blocks = [
+        csr_array(gold_matrix(some.select(range(i, min(i + 4096, len(some)))), labels))
+        for i in range(0, len(some), 4096)
+    ]
+    found = csr_array(vstack(blocks, format="csr"), dtype=np.float32)
     known = np.array([ids is not None for ids in some["gold"]], dtype=bool)
     if not labels.multilabel:
-        known &= found.sum(axis=1) > 0  # none of these labels: not one to learn
-        found /= np.maximum(found.sum(axis=1, keepdims=True), 1)
-    return torch.from_numpy(found), torch.from_numpy(known)
-
-
-def _sha(gold: Tensor, has_gold: Tensor) -> str:
-    return hashlib.sha256(gold.numpy().tobytes() + has_gold.numpy().tobytes()).hexdigest()[:16]
+        sums = found.sum(axis=1)
+        known &= sums > 0  # none of these labels: not one to learn
+        found.data /= np.repeat(sums, np.diff(found.indptr))
+    return found, torch.from_numpy(known)
 
 
 class _Course:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from llmlabel import metrics
 from llmlabel.data import gold_index, read_parquet, require_columns, with_columns
@@ -24,7 +24,11 @@ from llmlabel.train.settings import EARLY
 def find_memorised(
     dataset: Dataset, labels: LabelSpace, *, model: Path, output: Path | None = None
 ) -> Dataset:
-    """Adds `suspect` and `memorised`, null in rows that were not trained on.
+    """Adds `suspect`, `memorised`, `early_id` and `early_margin`, null in rows not trained on.
+
+    The margin is how much more of the early epochs' probability the given label has than any other
+    (the normalized margin of Northcutt et al., arXiv 1911.00068); where it is below 0 the given label
+    is suspect, and the lower it is the more.
 
     Args:
         dataset: rows with the soft labels that were trained on; the most probable is the given one.
@@ -42,13 +46,19 @@ def find_memorised(
         SoftLabels.from_dataset(predict(dataset, model=model, output=output), labels).dense()
     )
     known = trained & (given >= 0)
-    suspect = _first(early) != given
-    memorised = suspect & (said == given)
+    first = _first(early)
+    suspect = first != given
     columns = {
-        name: ([bool(v) if k else None for v, k in zip(values, known, strict=True)], Value("bool"))
-        for name, values in (("suspect", suspect), ("memorised", memorised))
+        "suspect": (suspect, Value("bool")),
+        "memorised": (suspect & (said == given), Value("bool")),
+        "early_id": (first, Value("int32")),
+        "early_margin": (_margins(early, given), Value("float32")),
     }
-    return with_columns(dataset, columns)
+    found = {
+        name: ([v if k else None for v, k in zip(values.tolist(), known, strict=True)], kind)
+        for name, (values, kind) in columns.items()
+    }
+    return with_columns(dataset, found)
 
 
 def measure_memorised(dataset: Dataset, labels: LabelSpace) -> dict[str, Any]:
@@ -60,18 +70,23 @@ def measure_memorised(dataset: Dataset, labels: LabelSpace) -> dict[str, Any]:
         labels: the label space.
 
     Returns:
-        JSON: `rows` that were trained on, shares `suspect` and `memorised`; with gold `gold_rows`,
-        `wrong` (share of wrong labels), `precision`, `recall` (null where there is nothing to divide
-        by), and `memorised_wrong`, the share of wrong labels that were learned by heart.
+        JSON: `rows` that were trained on, shares `suspect` and `memorised`; `labels`, for each given
+        label that is suspect anywhere, by id, the most often suspect first: its rows, how many are
+        suspect and memorised, and the label that the early epochs found in most of them; with gold
+        `gold_rows`, `wrong` (share of wrong labels), `precision`, `recall` (null where there is nothing
+        to divide by), and `memorised_wrong`, the share of wrong labels that were learned by heart.
     """
-    require_columns(dataset, "suspect", "memorised")
+    require_columns(dataset, "suspect", "memorised", "early_id", "label_ids", "label_probs")
     known = np.array([value is not None for value in dataset["suspect"]], dtype=bool)
     some = dataset.select(np.flatnonzero(known))
     suspect, memorised = (np.array(some[name][:], dtype=bool) for name in ("suspect", "memorised"))
+    given = _first(SoftLabels.from_dataset(some, labels).dense())
+    early = np.array(some["early_id"][:], dtype=np.int64)
     found: dict[str, Any] = {
         "rows": len(some),
         "suspect": _share(suspect),
         "memorised": _share(memorised),
+        "labels": _by_label(labels, given, early, suspect, memorised),
     }
     if "gold" not in dataset.column_names:
         return found
@@ -79,8 +94,7 @@ def measure_memorised(dataset: Dataset, labels: LabelSpace) -> dict[str, Any]:
     if not sure.any():
         return found
     gold = gold_index(some.select(np.flatnonzero(sure)), labels)
-    given = _first(SoftLabels.from_dataset(some, labels).dense())[sure]
-    wrong, suspect, memorised = given != gold, suspect[sure], memorised[sure]
+    wrong, suspect, memorised = given[sure] != gold, suspect[sure], memorised[sure]
     return found | {
         "gold_rows": int(sure.sum()),
         "wrong": _share(wrong),
@@ -134,6 +148,40 @@ def _early(
 def _first(probs: Float[np.ndarray, "rows labels"]) -> Int[np.ndarray, " rows"]:
     """The most probable label, -1 without one."""
     return metrics.predicted(probs)
+
+
+def _margins(
+    early: Float[np.ndarray, "rows labels"], given: Int[np.ndarray, " rows"]
+) -> Float[np.ndarray, " rows"]:
+    """The share of each given label less the highest share of another one."""
+    shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1e-30)
+    place = np.arange(len(shares)), given
+    own = shares[place]
+    shares[place] = 0.0
+    margins: Float[np.ndarray, " rows"] = own - shares.max(axis=1)
+    return margins
+
+
+def _by_label(
+    labels: LabelSpace,
+    given: Int[np.ndarray, " rows"],
+    early: Int[np.ndarray, " rows"],
+    suspect: Bool[np.ndarray, " rows"],
+    memorised: Bool[np.ndarray, " rows"],
+) -> dict[str, dict[str, Any]]:
+    count = len(labels)
+    rows, suspects, learned = (
+        np.bincount(some, minlength=count)
+        for some in (given, given[suspect], given[memorised & suspect])
+    )
+    found = {}
+    for label in np.argsort(-suspects, kind="stable")[: np.count_nonzero(suspects)].tolist():
+        said = np.bincount(early[suspect & (given == label)], minlength=count)
+        found[labels.ids[label]] = {
+            **{"rows": int(rows[label]), "suspect": int(suspects[label])},
+            **{"memorised": int(learned[label]), "early": labels.ids[int(said.argmax())]},
+        }
+    return found
 
 
 def _share(values: Any) -> float | None:

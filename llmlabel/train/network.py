@@ -46,7 +46,7 @@ PAPER_LORA = LoRA()
 
 
 class LabelSupervised(torch.nn.Module):
-    """A backbone, a pooling and a linear head without bias.
+    """A backbone, a linear head without bias and a pooling of its logits.
 
     Args:
         backbone: a transformers base model whose output has `last_hidden_state`.
@@ -66,6 +66,8 @@ class LabelSupervised(torch.nn.Module):
         """Logits in float32."""
         hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
+            if self.pooling == "max":  # each label's own maximum; the others pool what is linear
+                return pool(self.score(hidden.float()), mask, "max")
             return self.score(pool(hidden.float(), mask, self.pooling))
 
 
@@ -290,7 +292,7 @@ def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder is not a student or is half written.
-        ValueError: one of its files is damaged, or its backbone cannot be loaded.
+        ValueError: one of its files is damaged, or its backbone cannot be loaded, here or at all.
     """
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -301,6 +303,11 @@ def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
         card = json.loads((folder / "model_card.json").read_text("utf-8"))
         own = _own(card["settings"])
     _check_there(folder, own)
+    if card["settings"].get("load_in_4bit") and not torch.cuda.is_available():
+        raise ValueError(
+            f"model folder {folder}: it was trained with load_in_4bit=True, so that it can be used only "
+            "where there are a GPU and the package bitsandbytes; go there, or train it without"
+        )
     with models.loading(folder):
         source = models.fetch(card["model"])
         backbone = load_backbone(source, settings=card["settings"])

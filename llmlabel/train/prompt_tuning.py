@@ -75,8 +75,7 @@ def train_prompt(
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens must be at least 1; got {prompt_tokens}")
     rows = training_rows(dataset, labels)
-    targets = torch.from_numpy(rows.targets)
-    positive = torch.ones(len(labels), dtype=targets.dtype)
+    positive = torch.ones(len(labels), dtype=torch.float64)
     if labels.multilabel and pos_weight == "balanced":
         positive = balanced_pos_weight(label_counts(rows))
     compare: Callable[..., Float[Tensor, " some"]] = soft_cross_entropy
@@ -85,7 +84,7 @@ def train_prompt(
     share = 1 / len(labels) if labels.multilabel else 1.0  # the paper's mean over labels
 
     def losses(logits: Tensor, chosen: list[int]) -> Float[Tensor, " some"]:
-        return share * compare(logits, targets[chosen].to(logits))
+        return share * compare(logits, rows.block(chosen).to(logits))
 
     return train_student(
         rows,

@@ -96,7 +96,8 @@ def train_seq2set(  # noqa: PLR0913  # one plain choice each
         empty_weight: what a step counts that should say nothing.
         label_encoder: makes the label vectors; null lets the backbone do it, as the mean of its last
             layer.
-        lora: adapters; null leaves the backbone as it is.
+        lora: adapters; null leaves the backbone as it is, with no use for `learning_rate` and
+            `gradient_checkpointing`, which are refused then.
         width: of the decoder's state.
         dropout: of what the answers are read from.
         **training: see `llmlabel.train.settings.Training`; `learning_rate` is the adapters', and
@@ -125,6 +126,12 @@ def train_seq2set(  # noqa: PLR0913  # one plain choice each
         "dropout": dropout,
     }
     _check(settings, labels, output)
+    for name in ("learning_rate", "gradient_checkpointing"):
+        if lora is None and training.get(name):
+            raise ValueError(
+                f"{name} is for the backbone, which stays as it is without `lora`; leave it out (the "
+                "decoder learns by head_learning_rate), or give lora"
+            )
     check_patience(settings, validation)
     rows = training_rows(dataset, labels)
     seen = None if validation is None else validation_rows(validation, labels)

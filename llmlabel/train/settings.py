@@ -115,6 +115,28 @@ class EarlyLearning:
     """Labels remembered of each row; null remembers all."""
 
 
+@dataclass(frozen=True)
+class LongTail:
+    """COMIC (arXiv 2304.10539) for few frequent labels, not all given; see `llmlabel.loss.longtail`."""
+
+    gamma_pos: float = 0.0
+    """Exponent of positives."""
+    gamma_neg: float = 3.0
+    """Exponent of negatives; the larger, the less easy ones count."""
+    head_tail_pos: float = 0.0
+    """What a rare label adds to `gamma_pos`."""
+    head_tail_neg: float = 1.0
+    """What a rare label adds to `gamma_neg`."""
+    clip: float = 0.05
+    """A negative below this probability counts nothing."""
+    tau: float | None = 0.7
+    """Lowest probability of a label that is added where none is stored; null adds none."""
+    start_epoch: int = 1
+    """Epochs before labels are added."""
+    correction_weight: float = 1.0
+    """What the loss on corrected labels counts."""
+
+
 def settle_student(training: StudentTraining) -> dict[str, Any]:
     """All settings of a student, checked; see `settle`."""
     settings = settle(

@@ -1,6 +1,7 @@
 """What a soft prompt begins as, and what a frozen decoder keeps of it for the texts that go on there."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,27 @@ def keys_and_values(backbone: Any, **given: Tensor) -> tuple[Any, dict[str, Any]
     going_on = {"cache" if "cache" in takes else "past_key_values": kept, "use_cache": True}
     backbone(**given, **going_on)
     return kept, going_on
+
+
+def keep_matrices(model: Any, dtype: torch.dtype) -> None:
+    """Keeps the matrices of a frozen model in a number format, for `as_kept`.
+
+    Autocast casts what is not trained again in every pass, which takes as long as a small pass itself.
+    """
+    if dtype == torch.float32:
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # a head that shares the embeddings' leaves them be
+            weight = module.weight.detach().to(dtype)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def as_kept(model: Any) -> AbstractContextManager[Any]:
+    """Computes in the number format in which matrices are kept, if they are."""
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            return torch.autocast(parameter.device.type, dtype=parameter.dtype)
+    return nullcontext()
 
 
 def check_prompted(backbone: Any, model: str, settings: dict[str, Any]) -> None:

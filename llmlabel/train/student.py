@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from llmlabel import metrics, models
@@ -27,6 +28,9 @@ from llmlabel.train.settings import EARLY
 Losses = Callable[[Tensor, list[int]], Float[Tensor, " some"]]
 """Logits (rows, labels) and the numbers of their rows -> the loss of each row."""
 
+Compare = Callable[[Tensor, Tensor], Float[Tensor, " some"]]
+"""Logits and targets (rows, labels) -> the loss of each row."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -34,12 +38,30 @@ class Rows:
 
     ids: list[str]
     texts: list[str]
-    targets: Float[np.ndarray, "rows labels"]
+    soft: csr_array
+    """The targets, float64; a label not stored has 0."""
     weights: Float[np.ndarray, " rows"]
     given: int
     """Rows before some were left out."""
     kept: list[int]
     """Where the others stood."""
+
+    def __post_init__(self) -> None:
+        """Equal targets are stored alike."""
+        soft = csr_array(self.soft, dtype=np.float64, copy=True)
+        soft.sum_duplicates()
+        soft.eliminate_zeros()
+        object.__setattr__(self, "soft", soft)
+
+    def block(self, chosen: list[int]) -> Float[Tensor, "some labels"]:
+        """The targets of some rows."""
+        return torch.from_numpy(self.soft[chosen].toarray())
+
+    @property
+    def targets(self) -> Float[np.ndarray, "rows labels"]:
+        """The targets of all rows, rows x labels x 8 bytes; a trainer takes a `block` at a time."""
+        dense: np.ndarray = self.soft.toarray()
+        return dense
 
 
 def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
@@ -51,7 +73,7 @@ def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
         ValueError: there are none.
     """
     require_columns(dataset, "text", "label_ids", "label_probs")
-    probs = SoftLabels.from_dataset(dataset, labels).dense()
+    probs = SoftLabels.from_dataset(dataset, labels).probs.astype(np.float64)
     texts = [text or "" for text in dataset["text"]]
     weights = row_weights(dataset)
     has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
@@ -66,7 +88,7 @@ def training_rows(dataset: Dataset, labels: LabelSpace) -> Rows:
         )
     targets = probs[kept]
     if not labels.multilabel:
-        targets = targets / targets.sum(axis=1, keepdims=True)
+        targets.data /= np.repeat(targets.sum(axis=1), np.diff(targets.indptr))
     numbers = range(len(dataset))
     ids = dataset["id"][:] if "id" in dataset.column_names else [f"row {n}" for n in numbers]
     return Rows(
@@ -90,9 +112,10 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
     validation: "Dataset | Validation | None" = None,
     memory: Memory | None = None,
     after_update: Callable[[], None] | None = None,
-    keep_more: Callable[[Path], None] | None = None,
+    keep_more: Callable[[Path], dict[str, Any]] | None = None,
     told: dict[str, Any] | None = None,
     pos_weight: Float[np.ndarray, " labels"] | None = None,
+    compare: Compare | None = None,
     name: str = "train_classifier",
 ) -> Path:
     """Trains a network with any loss and writes its folder; what all trainers of students share.
@@ -107,11 +130,12 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         validation: see there.
         memory: what the losses remember.
         after_update: see `llmlabel.train.loop.Objective`.
-        keep_more: writes further files of the model into its folder.
+        keep_more: writes further files of the model into its folder; what it returns is told in the
+            model card too.
         told: more for the model card; the loss must be told, since a checkpoint is only continued
             with the same.
-        pos_weight: what a label's positives count in the validation loss of a multi-label space, as
-            in `losses`.
+        pos_weight: what a true label counts in the validation loss, as in `losses`.
+        compare: the validation loss; null is the cross-entropy.
         name: of the trainer, for progress and errors.
     """
     check_output(output, settings, others=[EARLY])
@@ -119,7 +143,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
     seen = validation
     if isinstance(seen, Dataset):
         weight = np.ones(len(labels)) if pos_weight is None else pos_weight
-        seen = _validation(seen, labels, rows, settings, weight)
+        seen = _validation(seen, labels, rows, settings, weight, compare)
     with torch.random.fork_rng():  # adapters and dropout draw from torch's global generator
         torch.manual_seed(settings["seed"])
         network, tokenizer = new_network(str(model), labels, settings)
@@ -168,7 +192,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
                 "best_epoch": done.best_epoch,
             }
         if keep_more is not None:
-            keep_more(output)
+            card |= keep_more(output)
         save_network(network, str(model), labels, card, output)
         checkpoint.remove(output)
     return output
@@ -176,7 +200,13 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
 
 def rows_sha(rows: Rows) -> str:
     """Stands for what is trained on."""
-    return sha_of([*rows.ids, *rows.texts], [rows.targets, rows.weights])
+    return sha_of([*rows.ids, *rows.texts, csr_sha(rows.soft)], [rows.weights])
+
+
+def csr_sha(values: csr_array, *more: np.ndarray) -> str:
+    """Stands for what is stored, however wide its positions are stored, and for more arrays."""
+    positions = [part.astype(np.int64) for part in (values.indices, values.indptr)]
+    return sha_of([str(values.shape)], [values.data, *positions, *more])
 
 
 def sha_of(texts: Iterable[str], arrays: Iterable[np.ndarray]) -> str:
@@ -195,7 +225,7 @@ def label_counts(rows: Rows) -> Float[Tensor, " labels"]:
 
     Remains of probability that add up to less than one row count as one: they are no class.
     """
-    counts = torch.from_numpy((rows.weights / rows.weights.mean()) @ rows.targets)
+    counts = torch.from_numpy(rows.soft.T @ (rows.weights / rows.weights.mean()))
     return torch.where(counts > 0, counts.clamp(min=1), 0.0)
 
 
@@ -211,9 +241,9 @@ def check_patience(settings: dict[str, Any], validation: object) -> None:
 def _without_rows(rows: Rows, labels: LabelSpace) -> list[int]:
     """Labels that are no row's: of them nothing can be learned but that they are rare."""
     if labels.multilabel:
-        found: list[int] = np.flatnonzero(rows.targets.max(axis=0) < 0.5).tolist()
+        found: list[int] = np.flatnonzero(rows.soft.max(axis=0).toarray() < 0.5).tolist()
         return found
-    counts = np.bincount(rows.targets.argmax(axis=1), minlength=len(labels))
+    counts = np.bincount(rows.soft.argmax(axis=1), minlength=len(labels))
     return np.flatnonzero(counts == 0).tolist()
 
 
@@ -281,18 +311,22 @@ def _validation(
     rows: Rows,
     settings: dict[str, Any],
     pos_weight: Float[np.ndarray, " labels"],
+    compare: Compare | None,
 ) -> Validation:
     ids, texts, targets = validation_rows(dataset, labels)
     limit = settings["max_length"]
 
     def measured(probs: Float[np.ndarray, "rows labels"]) -> dict[str, float]:
-        values = targets * np.log(np.clip(probs, 1e-12, 1.0))
+        values = pos_weight * targets * np.log(np.clip(probs, 1e-12, 1.0))
         if not labels.multilabel:
             right = metrics.correct(probs, targets.argmax(axis=1))
             return {"loss": -float(values.sum(axis=1).mean()), "accuracy": float(right.mean())}
-        values = values * pos_weight + (1 - targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
-        f1 = metrics.micro_f1(probs >= 0.5, targets >= 0.5)
-        return {"loss": -float(values.sum(axis=1).mean()), "micro_f1": f1}
+        values += (1 - targets) * np.log(np.clip(1 - probs, 1e-12, 1.0))
+        loss = -float(values.sum(axis=1).mean())
+        if compare is not None:
+            logits = torch.from_numpy(probs).logit(eps=1e-12)
+            loss = float(compare(logits, torch.from_numpy(targets)).mean())
+        return {"loss": loss, "micro_f1": metrics.micro_f1(probs >= 0.5, targets >= 0.5)}
 
     def validate(tokenizer: Any) -> Callable[[torch.nn.Module], dict[str, float]]:
         tokens = [tokenizer(text, truncation=True, max_length=limit).input_ids for text in texts]

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 from jaxtyping import Float
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from llmlabel import metrics, models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import require_columns, rows_of, with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.loss.soft import soft_cross_entropy
 from llmlabel.refine.views import SPANS
@@ -29,6 +30,9 @@ from llmlabel.train.network import load_classifier, padded, student_sha
 from llmlabel.train.settings import StudentTraining, settle_student
 from llmlabel.train.spans import Word, prob_of, spans_of, tags_of, words_of
 from llmlabel.train.student import Rows, Validation, repeated, sha_of, train_student
+
+_Keys = set[tuple[int, int, int]]
+"""Start, end and label of spans."""
 
 
 def train_tagger(
@@ -67,7 +71,7 @@ def train_tagger(
     rows = Rows(
         tagged.ids,
         tagged.texts,
-        np.stack([_shares(targets) for targets in tagged.targets]),
+        csr_array(np.stack([_shares(targets) for targets in tagged.targets])),
         tagged.weights * [len(words) for words in tagged.words],
         len(dataset),
         tagged.kept,
@@ -95,7 +99,7 @@ def train_tagger(
             sha_of(known.texts, known.targets),
             lambda tokenizer: _validator(known, tokenizer, settings),
         )
-    times = rows.targets.max(axis=0)
+    times = rows.soft.max(axis=0).toarray()
     return train_student(
         rows,
         labels,
@@ -176,6 +180,48 @@ def predict_spans(
         block_rows=block_rows,
         name="predict_spans",
     )
+
+
+def measure_spans(dataset: Dataset, tagged: Dataset, labels: LabelSpace) -> dict[str, Any]:
+    """How many of the true spans were found, and of those found are true: whole ones with their label.
+
+    Args:
+        dataset: rows with the predicted `spans`; null counts as none.
+        tagged: rows of the same ids with the true `spans`; where they are null, nothing is measured.
+        labels: their label space.
+
+    Returns:
+        JSON: `rows`, `spans` (the true ones), `precision`, `recall` and `f1`; `labels`, the same of
+        each label that has a true or a predicted span, by its id.
+
+    Raises:
+        ValueError: a row is not in `tagged`, or no row has known spans.
+    """
+    require_columns(dataset, "id", "spans")
+    require_columns(tagged, "id", "spans")
+    pairs = [
+        (_keys(said or []), _keys(true))
+        for said, true in zip(
+            dataset["spans"][:], rows_of(dataset, tagged, "tagged")["spans"][:], strict=True
+        )
+        if true is not None
+    ]
+
+    def scores(some: list[tuple[_Keys, _Keys]]) -> dict[str, Any]:
+        count = sum(len(true) for _, true in some)
+        return {"spans": count, **metrics.span_scores(*zip(*some, strict=True))}
+
+    if not pairs:
+        raise ValueError(f"none of the {len(tagged)} rows of tagged has known spans")
+    each = {}
+    for label, id in enumerate(labels.ids):
+        own = [
+            ({key for key in said if key[2] == label}, {key for key in true if key[2] == label})
+            for said, true in pairs
+        ]
+        if any(said or true for said, true in own):
+            each[id] = scores(own)
+    return {"rows": len(pairs), **scores(pairs), "labels": each}
 
 
 class _Tagged:
@@ -311,5 +357,5 @@ def _validator(
     return validate
 
 
-def _keys(spans: list[dict[str, Any]]) -> set[tuple[int, int, int]]:
+def _keys(spans: list[dict[str, Any]]) -> _Keys:
     return {(span["start"], span["end"], span["label_id"]) for span in spans}

@@ -1,5 +1,7 @@
 import importlib
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,20 +10,18 @@ from pydantic import TypeAdapter
 from reference import conformal as reference
 
 from llmlabel.calibrate import conformal
-from llmlabel.calibrate.conformal import (
-    Conformal,
-    aps_scores,
-    conformal_quantile,
-    fit_conformal,
-    lac_scores,
-    predict_sets,
-    row_uniforms,
-)
+from llmlabel.calibrate.conformal import Conformal, calibration_rows, fit_conformal, predict_sets
+from llmlabel.calibrate.p_values import p_values
+from llmlabel.calibrate.quantile import conformal_p_values, conformal_quantile, row_uniforms
+from llmlabel.calibrate.saved import load_calibrator, save_calibrator
+from llmlabel.calibrate.temperature import Temperature
+from llmlabel.calibrate.tuning import label_prior
 from llmlabel.data import with_columns
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.softlabels import SoftLabels
 
 TWINS = {"lac": reference.lac, "aps": reference.aps}
+ALL = ["lac", "aps", "raps", "saps", "margin"]
 BOTH = pytest.mark.parametrize("score", ["lac", "aps"])
 SEEDS = pytest.mark.parametrize("seed", range(20))
 
@@ -36,8 +36,8 @@ def random_rows(seed: int, count: int, labels: int) -> tuple[Dataset, list[list[
     rng = np.random.default_rng(seed)
     probs = rng.integers(0, 9, (count, labels)).astype(np.float64) ** 2
     probs /= np.maximum(probs.sum(axis=1, keepdims=True), 1) * rng.choice([1, 1.25], (count, 1))
-    probs[rng.random(count) < 0.1] = 0
-    guess = np.where(rng.random(count) < 0.7, probs.argmax(axis=1), rng.integers(0, labels, count))
+    probs[rng.random(count) < 0.04] = 0
+    guess = np.where(rng.random(count) < 0.85, probs.argmax(axis=1), rng.integers(0, labels, count))
     gold = [[] if rng.random() < 0.03 else [int(g)] for g in guess]
     ids = [f"{seed}/{i}" for i in range(count)]
     soft = SoftLabels.from_dense(probs, space(labels))
@@ -51,24 +51,11 @@ def table(probs: list[list[float]], gold: list[list[int]]) -> Dataset:
 
 
 @SEEDS
-def test_scores_equal_the_twins(seed: int) -> None:
-    dataset, rows = random_rows(seed, 20, 6)
-    uniforms = row_uniforms(dataset["id"], seed=seed)
-    assert uniforms.tolist() == [reference.uniform(row_id, seed) for row_id in dataset["id"]]
-    probs = np.array(rows)
-    for i, u in enumerate(uniforms.tolist()):
-        assert lac_scores(probs)[i].tolist() == reference.lac(rows[i], u)
-        expected = reference.aps(rows[i], u)
-        assert aps_scores(probs, uniforms)[i].tolist() == pytest.approx(expected, abs=1e-15)
-
-
-def test_aps_of_a_known_row() -> None:
-    probs = np.array([[0.1, 0.6, 0.3]])
-    assert aps_scores(probs, np.ones(1))[0].tolist() == pytest.approx([1.0, 0.6, 0.9])
-    assert aps_scores(probs, np.zeros(1))[0].tolist() == pytest.approx([0.9, 0.0, 0.6])
-    assert aps_scores(probs, np.full(1, 0.5))[0].tolist() == pytest.approx([0.95, 0.3, 0.75])
-    tie = aps_scores(np.array([[0.25, 0.5, 0.25]]), np.ones(1))
-    assert tie[0].tolist() == [0.75, 0.5, 1.0]
+def test_uniforms_equal_the_twin(seed: int) -> None:
+    ids = ["", "a", "\u00e4", f"{seed}/1"]
+    found = row_uniforms(ids, seed=seed).tolist()
+    assert found == [reference.uniform(row_id, seed) for row_id in ids]
+    assert row_uniforms([], seed=seed).tolist() == []
 
 
 @SEEDS
@@ -121,9 +108,9 @@ def test_sets_equal_the_twin(seed: int, score: str, monkeypatch: pytest.MonkeyPa
 @BOTH
 def test_the_order_of_the_rows_changes_nothing(score: str) -> None:
     rows, _ = random_rows(3, 50, 5)
-    fitted = fit_conformal(rows, space(5), score=score)
+    fitted = fit_conformal(rows, space(5), alpha=0.2, score=score)
     order = np.random.default_rng(0).permutation(50)
-    assert fit_conformal(rows.select(order), space(5), score=score) == fitted
+    assert fit_conformal(rows.select(order), space(5), alpha=0.2, score=score) == fitted
     sets = predict_sets(rows, space(5), fitted)["set_ids"][:]
     shuffled = predict_sets(rows.select(order), space(5), fitted)["set_ids"][:]
     assert shuffled == [sets[i] for i in order]
@@ -131,8 +118,10 @@ def test_the_order_of_the_rows_changes_nothing(score: str) -> None:
 
 def test_the_seed_matters_for_aps_only() -> None:
     rows, _ = random_rows(3, 50, 5)
-    lac = {fit_conformal(rows, space(5), score="lac", seed=s).threshold for s in range(5)}
-    aps = {fit_conformal(rows, space(5), score="aps", seed=s).threshold for s in range(5)}
+    lac = {fit_conformal(rows, space(5), alpha=0.2, seed=s).threshold for s in range(5)}
+    aps = {
+        fit_conformal(rows, space(5), alpha=0.2, score="aps", seed=s).threshold for s in range(5)
+    }
     assert (len(lac), len(aps)) == (1, 5)
 
 
@@ -150,27 +139,48 @@ def test_gold_that_is_none_of_the_labels_counts_as_missed() -> None:
     gold = [[0]] * 18 + [[]]
     assert fit_conformal(table(probs, gold), space(2), alpha=0.1).threshold == 0.0625
     gold[0] = []
-    fitted = fit_conformal(table(probs, gold), space(2), alpha=0.1)  # two of 19: 18th is infinite
-    assert fitted.threshold == math.inf
-    new = table([[0.25, 0.75], [0.0, 0.0]], [[]] * 2)
-    assert predict_sets(new, space(2), fitted)["set_ids"][:] == [[1, 0], [0, 1]]
+    with pytest.raises(ValueError, match=r"alpha=0\.1 is unreachable: only 17 of 19 gold rows"):
+        fit_conformal(table(probs, gold), space(2), alpha=0.1)
+    fitted = fit_conformal(table(probs, gold), space(2), alpha=0.1, unreachable="every label")
+    assert fitted.threshold == math.inf  # two of 19: the 18th is infinite
+    new = table([[0.25, 0.75], [0.0, 0.0], [1.0, 0.0]], [[]] * 3)
+    assert predict_sets(new, space(2), fitted)["set_ids"][:] == [[1, 0], [0, 1], [0, 1]]
     adapter = TypeAdapter(Conformal)
     assert adapter.validate_json(adapter.dump_json(fitted)) == fitted
 
 
-def test_rows_without_a_soft_label_weigh_in_the_threshold() -> None:
-    probs = [[0.9375, 0.0625]] * 17 + [[0.0, 0.0]] * 2
-    fitted = fit_conformal(table(probs, [[0]] * 19), space(2), alpha=0.1)
-    assert fitted.threshold == 1.0
-    sets = predict_sets(table(probs[16:18], [[]] * 2), space(2), fitted)
-    assert sets["set_ids"][:] == [[0, 1], [0, 1]]
-    aps = fit_conformal(table(probs, [[0]] * 19), space(2), alpha=0.1, score="aps")
-    assert predict_sets(table(probs[17:], [[]] * 2), space(2), aps)["set_ids"][0] == [0, 1]
+@BOTH
+def test_rows_without_the_true_label_weigh_in_the_threshold(score: str) -> None:
+    probs = [[0.9375, 0.0625]] * 16 + [[0.75, 0.25]] * 2 + [[0.0, 0.0]] + [[0.0, 1.0]]
+    fitted = fit_conformal(table(probs, [[0]] * 20), space(2), alpha=0.2, score=score)
+    full = fit_conformal(table(probs[:18], [[0]] * 18), space(2), alpha=0.2, score=score)
+    assert (fitted.recall, fitted.rows) == (0.9, 20)
+    assert full.recall == 1.0
+    assert fitted.threshold > full.threshold  # the 17th of 20 scores instead of the 16th of 18
+    sets = predict_sets(table(probs[17:], [[]] * 3), space(2), fitted)["set_ids"][:]
+    assert sets[1] == []
+    with pytest.raises(ValueError, match="unreachable") as refused:
+        fit_conformal(table(probs, [[0]] * 20), space(2), alpha=0.05, score=score)
+    assert str(refused.value) == (
+        "alpha=0.05 is unreachable: only 18 of 20 gold rows have their true label among the labels "
+        "stored (shortlist recall 0.90, 0 rows with none of the labels); store more labels a row, "
+        "or allow alpha=0.143 (unreachable='every label' makes sets of all labels)"
+    )
+    assert fit_conformal(table(probs, [[0]] * 20), space(2), alpha=0.143).threshold == 0.25
+
+
+def test_a_reachable_target_that_few_rows_cannot_prove_gives_every_label() -> None:
+    probs = [[0.9375, 0.0625]] * 14 + [[0.0, 0.0]]  # 1 of 15 is lost, and the 15th score is needed
+    fitted = fit_conformal(table(probs, [[0]] * 15), space(2), alpha=0.1)
+    assert (fitted.threshold, fitted.recall) == (math.inf, 14 / 15)
+    sets = predict_sets(table(probs[13:], [[]] * 2), space(2), fitted)["set_ids"][:]
+    assert sets == [[0, 1], [0, 1]]
 
 
 def test_no_rows_give_no_sets() -> None:
     rows, _ = random_rows(3, 50, 5)
-    fitted = fit_conformal(rows, space(5))
+    fitted = fit_conformal(rows, space(5), alpha=0.2)
+    assert p_values(rows.select([]), space(5), fitted)["p_value"][:] == []
     assert predict_sets(rows.select([]), space(5), fitted)["set_ids"][:] == []
 
 
@@ -199,10 +209,11 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match="column 'gold' is missing"):
         fit_conformal(rows.remove_columns("gold"), space(2))
     other = Conformal(0.1, "lac", 0.5, 20, 0, "0123456789abcdef")
-    with pytest.raises(
-        ValueError, match=r"fitted in label space 0123456789abcdef, .* fit it again"
-    ):
-        predict_sets(rows, space(2), other)
+    for predict in (predict_sets, p_values):
+        with pytest.raises(
+            ValueError, match=r"fitted in label space 0123456789abcdef, .* fit it again"
+        ):
+            predict(rows, space(2), other)
 
 
 def test_lac_sets_are_those_of_mapie() -> None:
@@ -252,3 +263,376 @@ def test_rows_whose_gold_nobody_knows_are_left_out() -> None:
     assert found == fit_conformal(rows.select(range(30)), labels, alpha=0.1)
     assert found.rows == 30
     assert np.isfinite(found.threshold)
+
+
+# ------------------------------------------------------------------------------------ p-values
+
+
+def voted(seed: int, count: int, *, name: str = "v") -> Dataset:
+    """Soft labels from 5 votes a row, of which gold wins 3 on average: nearly all scores tie."""
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(0, 4, count)
+    cast = np.where(rng.random((count, 5)) < 0.6, gold[:, None], rng.integers(0, 4, (count, 5)))
+    probs = (cast[:, :, None] == np.arange(4)).mean(axis=1)
+    rows = {"id": [f"{name}{seed}/{i}" for i in range(count)], "gold": gold[:, None].tolist()}
+    return SoftLabels.from_dense(probs, space(4)).add_to(Dataset.from_dict(rows))
+
+
+@SEEDS
+def test_p_values_equal_the_twins(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    calibration = np.sort(rng.integers(0, 9, int(rng.integers(1, 40))) / 8)
+    calibration[rng.random(len(calibration)) < 0.1] = math.inf
+    calibration.sort()
+    scores = np.append(rng.integers(-1, 10, 30) / 8, math.inf)
+    uniforms = rng.random(31)
+    plain = [reference.p_value(s, calibration.tolist()) for s in scores.tolist()]
+    found = conformal_p_values(scores, calibration)
+    assert found.tolist() == [float(p) for p in plain]
+    smoothed = [
+        reference.smoothed(s, calibration.tolist(), u)
+        for s, u in zip(scores.tolist(), uniforms.tolist(), strict=True)
+    ]
+    assert conformal_p_values(scores, calibration, uniforms).tolist() == pytest.approx(smoothed)
+    for alpha in (0.05, 0.1, 0.2, 0.5, 0.7, float(rng.uniform(0.01, 0.99))):
+        inside = scores <= conformal_quantile(calibration, alpha)
+        assert (found > alpha).tolist() == inside.tolist()
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_sets_are_the_labels_with_p_values_above_alpha(score: str) -> None:
+    for seed in range(5):
+        gold_rows, _ = random_rows(seed, 60, 5)
+        new_rows, _ = random_rows(seed + 1000, 40, 5)
+        settings = {"penalty": 0.02, "free_labels": 1} if score in ("raps", "saps") else {}
+        fitted = fit_conformal(
+            gold_rows, space(5), alpha=0.2, score=score, seed=seed,
+            **settings,
+        )  # fmt: skip
+        lost = sum(map(math.isinf, fitted.scores))
+        found = p_values(new_rows, space(5), fitted, ties="keep")
+        sets = predict_sets(new_rows, space(5), fitted)["set_ids"]
+        drawn = p_values(new_rows, space(5), fitted)
+        drawn_sets = predict_sets(new_rows, space(5), fitted, ties="draw")["set_ids"]
+        for table_, chosen in ((found, sets), (drawn, drawn_sets)):
+            for ids, values, members in zip(
+                table_["label_ids"], table_["label_p_values"], chosen, strict=True
+            ):
+                assert [k for k, p in zip(ids, values, strict=True) if p > 0.2] == members
+        for plain, smooth, ids in zip(
+            found["label_p_values"], drawn["label_p_values"], drawn["label_ids"], strict=True
+        ):
+            assert len(plain) == len(ids)
+            assert all(s <= p for s, p in zip(smooth, plain, strict=True))
+        for largest, values in zip(found["p_value"], found["label_p_values"], strict=True):
+            assert largest == max(values, default=(1 + lost) / 61)
+
+
+def test_p_values_stand_beside_the_labels_as_they_are_given() -> None:
+    fitted = fit_conformal(voted(0, 200), space(4), alpha=0.1)
+    rows = voted(1, 30)
+    turned = with_columns(
+        rows,
+        {
+            "label_ids": ([ids[::-1] for ids in rows["label_ids"]], List(Value("int32"))),
+            "label_probs": ([p[::-1] for p in rows["label_probs"]], List(Value("float32"))),
+        },
+    )
+    expected = [p[::-1] for p in p_values(rows, space(4), fitted)["label_p_values"]]
+    assert p_values(turned, space(4), fitted)["label_p_values"][:] == expected
+    assert any(len(set(row)) > 1 for row in expected)
+
+
+def test_smoothed_p_values_of_votes_are_uniform_and_others_are_not() -> None:
+    kstest = importlib.import_module("scipy.stats").kstest
+    fitted = fit_conformal(voted(0, 4000), space(4), alpha=0.1)
+    assert len(set(fitted.scores)) <= 7  # 0 to 4 fifths and infinity
+    found = {}
+    for ties in ("draw", "keep"):
+        rows = p_values(voted(1, 4000), space(4), fitted, ties=ties)
+        true = [
+            dict(zip(ids, values, strict=True)).get(gold[0])
+            for ids, values, gold in zip(
+                rows["label_ids"], rows["label_p_values"], rows["gold"], strict=True
+            )
+        ]
+        found[ties] = np.array([p for p in true if p is not None])
+    lost = np.isinf(
+        fitted.scores
+    ).mean()  # true labels that nobody voted for: the smallest p-values
+    rescaled = (found["draw"] - lost) / (1 - lost)
+    assert kstest(rescaled, "uniform").pvalue > 0.01
+    assert kstest((found["keep"] - lost) / (1 - lost), "uniform").pvalue < 1e-20
+
+
+def test_drawn_ties_cover_as_much_as_asked_for_and_no_more() -> None:
+    """Votes leave six scores: a threshold takes a whole tie in, or leaves it out."""
+    fitted = fit_conformal(voted(0, 4000), space(4), alpha=0.15)
+    new = voted(1, 4000)
+    covered = {}
+    for ties in ("keep", "draw"):
+        sets = predict_sets(new, space(4), fitted, ties=ties)
+        hits = [g[0] in ids for g, ids in zip(sets["gold"], sets["set_ids"], strict=True)]
+        covered[ties] = sum(hits) / len(hits)
+    assert abs(covered["draw"] - 0.85) < 4 * math.sqrt(0.85 * 0.15 * 2 / 4000)
+    assert covered["keep"] > 0.88
+
+
+def test_p_values_need_the_scores() -> None:
+    rows = voted(0, 100)
+    short = fit_conformal(rows, space(4), keep_scores=False)
+    assert short.scores is None
+    assert (
+        predict_sets(rows, space(4), short)["set_ids"][:]
+        == (predict_sets(rows, space(4), fit_conformal(rows, space(4)))["set_ids"][:])
+    )
+    with pytest.raises(ValueError, match="fitted without; fit it with keep_scores=True"):
+        p_values(rows, space(4), short)
+    with pytest.raises(ValueError, match="fitted without; fit it with keep_scores=True"):
+        predict_sets(rows, space(4), short, ties="draw")
+
+
+# ------------------------------------------------------------------------------ other settings
+
+
+def test_an_empty_set_may_take_the_most_probable_label() -> None:
+    probs = [[p, 1 - p] for p in (0.5, 0.5625, 0.625, 0.6875, 0.75, 0.8125, 0.875, 0.9375, 1.0)]
+    fitted = fit_conformal(table(probs, [[0]] * 9), space(2), alpha=0.2)
+    new = table([[0.5625, 0.4375], [0.5, 0.5], [0.4375, 0.53125], [0.0, 0.0]], [[]] * 4)
+    assert predict_sets(new, space(2), fitted)["set_ids"][:] == [[0], [], [], []]
+    filled = predict_sets(new, space(2), fitted, empty="top")
+    assert filled["set_ids"][:] == [[0], [0], [1], []]
+
+
+def long_tailed(seed: int, count: int, labels: int = 30) -> Dataset:
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(0, labels, count)
+    logits = rng.normal(0, 1, (count, labels))
+    logits[np.arange(count), gold] += rng.normal(4, 1, count)
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    rows = {"id": [f"{seed}/{i}" for i in range(count)], "gold": gold[:, None].tolist()}
+    return SoftLabels.from_dense(probs, space(labels)).add_to(Dataset.from_dict(rows))
+
+
+def sizes(rows: Dataset, fitted: Conformal) -> list[int]:
+    return [len(ids) for ids in predict_sets(rows, space(30), fitted)["set_ids"]]
+
+
+def test_raps_is_tuned_on_a_part_of_its_own() -> None:
+    rows, new = long_tailed(0, 400), long_tailed(1, 400)
+    fitted = fit_conformal(rows, space(30), score="raps")
+    assert (fitted.tuning_rows, fitted.rows) == (80, 320)
+    # The threshold is that of the other rows alone, with what was chosen given.
+    points = row_uniforms([f"tuning/{row_id}" for row_id in rows["id"]], seed=0)
+    others = rows.select(np.flatnonzero(points > np.sort(points)[79]))
+    given = {"penalty": fitted.penalty, "free_labels": fitted.free_labels}
+    alone = fit_conformal(others, space(30), score="raps", **given)
+    assert (alone.threshold, alone.tuning_rows) == (fitted.threshold, 0)
+    assert alone.scores == fitted.scores
+    # k_reg is the conformal quantile of the ranks of the true labels.
+    part = rows.select(np.flatnonzero(points <= np.sort(points)[79]))
+    ranks = [
+        1 + ids.index(gold[0]) for ids, gold in zip(part["label_ids"], part["gold"], strict=True)
+    ]
+    assert fitted.free_labels == reference.quantile(ranks, 0.1)
+    # Smaller sets than without the penalty, and no long ones.
+    plain = fit_conformal(rows, space(30), score="aps")
+    assert fitted.penalty > 0
+    assert sum(sizes(new, fitted)) < sum(sizes(new, plain))
+    assert max(sizes(new, fitted)) < max(sizes(new, plain))
+    order = np.random.default_rng(0).permutation(400)
+    assert fit_conformal(rows.select(order), space(30), score="raps") == fitted
+    assert fit_conformal(rows, space(30), score="raps", seed=1).scores != fitted.scores
+
+
+def test_the_penalty_is_the_one_with_the_smallest_sets_on_the_tuning_rows() -> None:
+    rows = long_tailed(2, 300)
+    fitted = fit_conformal(rows, space(30), score="saps", tuning_share=0.5)
+    points = row_uniforms([f"tuning/{row_id}" for row_id in rows["id"]], seed=0)
+    part = rows.select(np.flatnonzero(points <= np.sort(points)[149]))
+    totals = {}
+    for penalty in tuning._PENALTIES:
+        one = fit_conformal(part, space(30), score="saps", penalty=penalty)
+        totals[penalty] = sum(sizes(part, one))
+    assert totals[fitted.penalty] == min(totals.values()) < max(totals.values())
+
+
+def test_too_few_rows_for_two_parts() -> None:
+    line = (
+        r"alpha=0\.1: choosing the settings of the score splits the 30 gold rows, and 6 in one part "
+        r"are fewer than the 9 needed; give penalty="
+    )
+    with pytest.raises(ValueError, match=line):
+        fit_conformal(long_tailed(0, 30), space(30), score="raps")
+    with pytest.raises(ValueError, match=r"tuning_share must lie strictly .* got 1\.0"):
+        fit_conformal(long_tailed(0, 30), space(30), score="saps", tuning_share=1.0)
+    settings = {"penalty": 0.1, "free_labels": 2}
+    assert fit_conformal(long_tailed(0, 30), space(30), score="raps", **settings).rows == 30
+
+
+def test_prevalence_adjusted_sets() -> None:
+    rows, new = random_rows(1, 80, 5)[0], random_rows(2, 40, 5)
+    prior = label_prior(random_rows(3, 200, 5)[0], space(5))
+    fitted = fit_conformal(rows, space(5), alpha=0.2, prior=prior)
+    limit = fitted.threshold
+    expected = reference.sets(
+        new[0]["id"], new[1], limit, lambda row, u: reference.adjusted(row, prior), 0
+    )
+    assert predict_sets(new[0], space(5), fitted)["set_ids"][:] == expected
+    assert expected != predict_sets(
+        new[0], space(5), fit_conformal(rows, space(5), alpha=0.2)
+    )["set_ids"][:]  # fmt: skip
+
+
+def test_label_prior() -> None:
+    rows = table([[0.75, 0.25], [0.25, 0.5], [0.0, 0.0]], [[0], [], [0]])
+    # 1 and 0.75 of mass, 2 and 0 gold rows; half a row more for each of two labels
+    assert label_prior(rows, space(2)) == pytest.approx([1.5 / 2.75, 1.25 / 2.75])
+    assert label_prior(rows, space(2), source="gold") == pytest.approx([2.5 / 3, 0.5 / 3])
+
+
+def squared(probs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    return 1 - probs**2
+
+
+def other_function(probs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    return -probs
+
+
+def test_a_function_as_score() -> None:
+    rows, new = random_rows(1, 80, 5)[0], random_rows(2, 40, 5)[0]
+    fitted = fit_conformal(rows, space(5), alpha=0.2, score=squared)
+    assert fitted.score == f"{__name__}.squared"
+    lac = fit_conformal(rows, space(5), alpha=0.2)
+    assert fitted.threshold == pytest.approx(1 - (1 - lac.threshold) ** 2)
+    expected = predict_sets(new, space(5), lac)["set_ids"][:]
+    assert predict_sets(new, space(5), fitted, score=squared)["set_ids"][:] == expected
+    plain = p_values(new, space(5), lac)["p_value"][:]
+    assert p_values(new, space(5), fitted, score=squared)["p_value"][:] == plain
+    with pytest.raises(ValueError, match=r"the function .*squared as score=, but none is given"):
+        predict_sets(new, space(5), fitted)
+    with pytest.raises(ValueError, match=r"squared as score=, but .*other_function is given"):
+        predict_sets(new, space(5), fitted, score=other_function)
+    with pytest.raises(ValueError, match=r"with no function as score=, but .*squared is given"):
+        predict_sets(new, space(5), lac, score=squared)
+
+
+# --------------------------------------------------------------------------- what was fitted on
+
+
+def test_gold_rows_that_were_trained_on_are_refused() -> None:
+    rows = voted(0, 60)
+    rows = with_columns(rows, {"text": ([f"text {i}" for i in range(60)], Value("string"))})
+    line = "12 of 60 gold rows are training rows too, .* leave them out"
+    with pytest.raises(ValueError, match=line):
+        fit_conformal(rows, space(4), training=rows.select(range(12)))
+    forced = fit_conformal(rows, space(4), training=rows.select(range(12)), overlap="record")
+    assert forced.training_overlap == 12
+    assert forced.threshold == fit_conformal(rows, space(4)).threshold
+    # Row numbers as ids are the same in any two files: the text decides.
+    texts = [f"another text {i}" for i in range(60)]
+    other = with_columns(rows, {"text": (texts, Value("string"))})
+    assert fit_conformal(rows, space(4), training=other).training_overlap == 0
+    assert fit_conformal(rows, space(4)).training_overlap == 0
+
+
+def test_rows_that_the_threshold_was_fitted_on_are_known() -> None:
+    rows = voted(0, 60)
+    fitted = fit_conformal(rows.select(range(20, 60)), space(4))
+    assert calibration_rows(rows, fitted).tolist() == [False] * 20 + [True] * 40
+    assert len(predict_sets(rows, space(4), fitted)) == 60
+    with pytest.raises(ValueError, match=r"40 of 60 rows are among the 40 gold rows"):
+        predict_sets(rows, space(4), fitted, overlap="refuse")
+    alone = predict_sets(rows.select(range(20)), space(4), fitted, overlap="refuse")
+    assert alone["set_ids"][:] == predict_sets(rows, space(4), fitted)["set_ids"][:20]
+    by_hand = Conformal(0.1, "lac", 0.5, 20, 0, space(4).fingerprint)
+    assert not calibration_rows(rows, by_hand).any()
+
+
+def test_soft_labels_of_another_engine_are_refused() -> None:
+    def of(rows: Dataset, *names: str | None) -> Dataset:
+        values = [names[i % len(names)] for i in range(len(rows))]
+        return with_columns(rows, {"engine": (values, Value("string"))})
+
+    rows, new = voted(0, 60), voted(1, 20)
+    fitted = fit_conformal(of(rows, "b", None, "a"), space(4))
+    assert fitted.engines == ("a", "b")
+    expected = predict_sets(new, space(4), fitted)["set_ids"][:]
+    for same in (of(new, "a"), of(new, None), of(new, "b", "a")):
+        assert predict_sets(same, space(4), fitted)["set_ids"][:] == expected
+    line = "fitted on soft labels of a, b, but these rows have those of a, c; fit it again"
+    with pytest.raises(ValueError, match=line):
+        predict_sets(of(new, "a", "c"), space(4), fitted)
+    with pytest.raises(ValueError, match=line):
+        p_values(of(new, "a", "c"), space(4), fitted)
+    forced = predict_sets(of(new, "a", "c"), space(4), fitted, other_engine="allow")
+    assert forced["set_ids"][:] == expected
+    plain = fit_conformal(rows, space(4))
+    assert plain.engines == ()
+    assert predict_sets(of(new, "c"), space(4), plain)["set_ids"][:] == expected
+
+
+def test_the_hash_tells_what_was_fitted_on() -> None:
+    rows = voted(0, 30)
+    order = np.random.default_rng(0).permutation(30)
+    sha = fit_conformal(rows, space(4)).data_sha
+    assert len(sha) == 64
+    assert fit_conformal(rows.select(order), space(4)).data_sha == sha
+    ids = with_columns(rows, {"id": ([f"x{i}" for i in range(30)], Value("string"))})
+    golds = [[(g[0] + (i == 4)) % 4] for i, g in enumerate(rows["gold"])]
+    gold = with_columns(rows, {"gold": (golds, List(Value("int32")))})
+    halved = [[p / 2 if i == 7 else p for p in ps] for i, ps in enumerate(rows["label_probs"])]
+    probs = with_columns(rows, {"label_probs": (halved, List(Value("float32")))})
+    shas = {fit_conformal(one, space(4), alpha=0.4).data_sha for one in (rows, ids, gold, probs)}
+    assert len(shas) == 4
+    assert sha in shas
+
+
+@pytest.mark.parametrize("score", ALL)
+def test_a_saved_threshold_predicts_the_same(score: str, tmp_path: Path) -> None:
+    rows, new = voted(0, 200), voted(1, 30)
+    fitted = fit_conformal(rows, space(4), score=score, alpha=0.2)
+    path = save_calibrator(fitted, tmp_path / "sub" / "conformal.json")
+    loaded = load_calibrator(path)
+    assert loaded == fitted
+    assert json.loads(path.read_text())["type"] == "llmlabel.calibrate.conformal.Conformal"
+    for ties in ("keep", "draw"):
+        one = predict_sets(new, space(4), loaded, ties=ties)["set_ids"][:]
+        assert one == predict_sets(new, space(4), fitted, ties=ties)["set_ids"][:]
+
+
+def test_other_calibrators_are_saved_too(tmp_path: Path) -> None:
+    one = Temperature(1.5, 0.7, 0.6, 20, "f")
+    assert load_calibrator(save_calibrator(one, tmp_path / "t.json")) == one
+    infinite = Conformal(0.1, "lac", math.inf, 20, 0, "f", scores=(0.5, math.inf))
+    assert load_calibrator(save_calibrator(infinite, tmp_path / "c.json")) == infinite
+    with pytest.raises(ValueError, match=r"LabelSpace is no fitted dataclass"):
+        save_calibrator(space(2), tmp_path / "no.json")
+    assert not (tmp_path / "no.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "c.json: not a calibrator that save_calibrator wrote .*save it again"),
+        ("[]", "c.json: not a calibrator that save_calibrator wrote .*save it again"),
+        ('{"type": "llmlabel.calibrate.conformal.Conformal"}', "c.json: not a calibrator"),
+        (
+            '{"type": "llmlabel.calibrate.conformal.Conformal", "value": {"alpha": "x"}}',
+            "c.json: not a calibrator .*alpha",
+        ),
+        ('{"type": "os.path", "value": 1}', "c.json: os.path is no fitted dataclass"),
+        (
+            '{"type": "llmlabel.calibrate.conformal.Path", "value": "x"}',
+            "conformal.Path is no fitted dataclass",
+        ),
+        (
+            '{"type": "llmlabel.calibrate.nothing.Conformal", "value": {}}',
+            "nothing.Conformal is no fitted dataclass",
+        ),
+    ],
+)
+def test_what_is_no_calibrator(content: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match=line):
+        load_calibrator(tmp_path / "c.json")

@@ -13,6 +13,7 @@ from llmlabel.calibrate.temperature import (
     fit_temperature,
     nll_at,
     scale,
+    scale_odds,
 )
 from llmlabel.labelspace import LabelSpace
 from llmlabel.metrics import nll
@@ -83,6 +84,35 @@ def test_the_fit_finds_the_sharpness_of_the_probabilities() -> None:
     assert fit_temperature(table(probs, gold), space(4)).value == pytest.approx(2.5, rel=0.08)
 
 
+def test_the_fit_equals_that_of_scikit_learn() -> None:
+    pytest.importorskip("sklearn", minversion="1.8")
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.frozen import FrozenEstimator
+
+    class Logits(ClassifierMixin, BaseEstimator):
+        def decision_function(self, logits: np.ndarray) -> np.ndarray:
+            return logits
+
+        def predict(self, logits: np.ndarray) -> np.ndarray:
+            return logits.argmax(axis=1)
+
+        def fit(self, logits: np.ndarray, gold: np.ndarray) -> "Logits":
+            self.classes_ = np.unique(gold)
+            return self
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (400, 4))
+    gold = np.array([rng.choice(4, p=p) for p in softmax(logits)])
+    fitted = Logits().fit(logits, gold)
+    model = CalibratedClassifierCV(FrozenEstimator(fitted), method="temperature")
+    expected = model.fit(logits * 2.5, gold).predict_proba(logits * 2.5)
+    dataset = table(softmax(logits * 2.5), [[g] for g in gold.tolist()])
+    applied = apply_temperature(dataset, space(4), fit_temperature(dataset, space(4)))
+    found = SoftLabels.from_dataset(applied, space(4)).dense()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_applying_it_gives_the_likelihood_that_the_fit_promised() -> None:
     probs, gold = random_case(5, sharpness=3.0)
     labels = space(probs.shape[1])
@@ -145,8 +175,6 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     dataset = table(np.full((12, 2), 0.5), [[0]] * 9 + [[]] * 3)
     with pytest.raises(ValueError, match=r"at least 10 rows .* 9 of 12 rows have both"):
         fit_temperature(dataset, space(2))
-    with pytest.raises(ValueError, match="this one is multi-label"):
-        fit_temperature(dataset, space(2, multilabel=True))
     with pytest.raises(ValueError, match="column 'gold' is missing"):
         fit_temperature(dataset.remove_columns("gold"), space(2))
     several = table(np.full((12, 2), 0.5), [[0]] * 11 + [[0, 1]])
@@ -157,8 +185,40 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         ValueError, match=r"fitted in label space 0123456789abcdef, .* fit it again"
     ):
         apply_temperature(dataset, space(2), fitted)
-    with pytest.raises(ValueError, match="this one is multi-label"):
-        apply_temperature(dataset, space(2, multilabel=True), fitted)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_several_labels_share_a_temperature_of_their_odds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, labels = 40, space(int(rng.integers(1, 4)) + 1, multilabel=True)
+    probs = rng.uniform(0.05, 0.95, (rows, len(labels)))
+    probs[rng.random(probs.shape) < 0.2] = 0  # not stored
+    gold = [[k for k in range(len(labels)) if rng.random() < 0.4] for _ in range(rows)]
+    table = Dataset.from_dict({"id": [f"r{i}" for i in range(rows)], "gold": gold})
+    dataset = SoftLabels.from_dense(probs, labels).add_to(table)
+    stored = SoftLabels.from_dataset(dataset, labels).dense().tolist()
+    fitted = fit_temperature(dataset, labels)
+    assert fitted.nll_before == pytest.approx(reference.odds_nll(stored, gold, 1.0), rel=1e-9)
+    assert fitted.nll_after == pytest.approx(
+        reference.odds_nll(stored, gold, fitted.value), rel=1e-9
+    )
+    for other in (0.05, 0.5, 0.99 * fitted.value, 1.01 * fitted.value, 2.0, 20.0):
+        if 0.05 <= other <= 20:
+            assert fitted.nll_after <= reference.odds_nll(stored, gold, other) + 1e-6
+    after = SoftLabels.from_dataset(apply_temperature(dataset, labels, fitted), labels).dense()
+    expected = [[reference.scale_odds(p, fitted.value) for p in row] for row in stored]
+    np.testing.assert_allclose(after, expected, rtol=1e-5)
+
+
+def test_sure_yes_and_no_stay_within_what_can_be_said() -> None:
+    probs = csr_array(np.array([[1.0, 0.5, 0.001]]))
+    assert scale_odds(probs, 1.0).toarray().tolist() == [[1.0, 0.5, 0.001]]
+    cooled = scale_odds(probs, 0.5).toarray()[0]
+    assert cooled == pytest.approx([1.0, 0.5, 1.002e-6], rel=1e-3)
+    stored = csr_array((np.array([0.0, 1.0]), np.array([0, 1]), np.array([0, 2])), shape=(1, 2))
+    warm = scale_odds(stored, 20.0).data
+    odds = 2 ** (25 / 20)  # 1 counts as 1 - 2^-25
+    assert warm.tolist() == pytest.approx([0.0, odds / (1 + odds)])
 
 
 def test_a_temperature_survives_json() -> None:

@@ -51,21 +51,23 @@ def cases(tokenizer: Any, count: int) -> Iterator[tuple[random.Random, LabelSets
 
 def test_1000_random_replies_are_sets_of_labels(tiny_tokenizer: Any) -> None:
     sizes = []
-    for rng, sets in cases(tiny_tokenizer, 1000):
-        tokens = walk(sets, rng)
-        text = tiny_tokenizer.decode(tokens[:-1])
-        found = sets.read(tokens)
-        assert sets.parse(text) == found
-        assert sorted(text.split("; ")) == sorted(sets.labels[label] for label in found)
-        assert len(found) <= (sets.most or len(sets.labels))
-        sizes.append(len(found))
+    for rng, sets in cases(tiny_tokenizer, 100):
+        for _ in range(10):
+            tokens = walk(sets, rng)
+            text = tiny_tokenizer.decode(tokens[:-1])
+            found = sets.read(tokens)
+            assert sets.parse(text) == found
+            assert sorted(text.split("; ")) == sorted(sets.labels[label] for label in found)
+            assert len(found) <= (sets.most or len(sets.labels))
+            sizes.append(len(found))
+    assert len(sizes) == 1000
     assert sum(size > 1 for size in sizes) > 200
     assert max(sizes) >= 5
 
 
 def test_every_order_of_every_set_can_be_decoded(tiny_tokenizer: Any) -> None:
     """So that the order in which a model has seen a row's labels keeps it from nothing."""
-    for rng, sets in cases(tiny_tokenizer, 300):
+    for rng, sets in cases(tiny_tokenizer, 100):
         size = rng.randint(1, min(sets.most or 99, len(sets.labels)))
         chosen = rng.sample(range(len(sets.labels)), size)
         tokens = sets.encode(chosen)
@@ -95,9 +97,9 @@ def test_beams_are_sets_too(tiny_decoder: Path, tiny_tokenizer: Any) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
     sizes = []
-    for rng, sets in cases(tiny_tokenizer, 12):
+    for rng, sets in cases(tiny_tokenizer, 6):
         prompts = tiny_tokenizer(
-            [f"text {rng.random()}"[:9] for _ in range(2)], return_tensors="pt"
+            [f"text {rng.random()}"[:9] for _ in range(4)], return_tensors="pt"
         )
         length = prompts.input_ids.shape[1]
         made = model.generate(
@@ -142,7 +144,7 @@ def is_reply(sets: LabelSets, text: str) -> bool:
 
 def test_the_grammar_is_the_same_language(tiny_tokenizer: Any) -> None:
     refused = 0
-    for rng, sets in cases(tiny_tokenizer, 60):
+    for rng, sets in cases(tiny_tokenizer, 30):
         text = tiny_tokenizer.decode(walk(sets, rng, eager=0.2)[:-1])
         assert accepts(tiny_tokenizer, sets, text)
         one, other = rng.sample(sets.labels, 2)
@@ -158,11 +160,11 @@ def test_the_grammar_is_the_same_language(tiny_tokenizer: Any) -> None:
             good = is_reply(sets, wrong)
             assert accepts(tiny_tokenizer, sets, wrong) == good, (wrong, sets.labels)
             refused += not good
-    assert refused > 250
+    assert refused > 125
 
 
 def test_what_the_grammar_lets_through_is_a_set(tiny_tokenizer: Any) -> None:
-    for rng, sets in cases(tiny_tokenizer, 40):
+    for rng, sets in cases(tiny_tokenizer, 20):
         matcher = LLMatcher(guided(tiny_tokenizer), sets.grammar(), log_level=0)
         tokens: list[int] = []
         while not matcher.is_stopped() and len(tokens) < 200:

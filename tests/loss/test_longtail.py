@@ -11,6 +11,7 @@ from llmlabel.loss.longtail import (
     HeadTail,
     HeadTailBalancer,
     LabelCorrector,
+    LongTailLoss,
     asymmetric_loss,
     balance_loss,
     head_tail_factors,
@@ -147,6 +148,99 @@ def test_a_label_that_is_likely_for_every_row_is_not_added_to_all() -> None:
     assert sorted(corrector.state_dict()) == ["rows", "sums"]
     with pytest.raises(ValueError, match=r"tau .* got 1\.0"):
         LabelCorrector(2, tau=1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_the_long_tail_loss_is_the_sum_of_its_parts(start_epoch: int, seed: int) -> None:
+    """Six rows are an epoch of two updates; the twin adds up by hand what the modules keep."""
+    rng = np.random.default_rng(seed)
+    given = (rng.random((6, 3)) > 0.6).astype(float)
+    counts = given.sum(axis=0)
+    whole, parts = (
+        LongTailLoss(
+            torch.from_numpy(counts),
+            6,
+            tau=0.6,
+            start_epoch=start_epoch,
+            correction_weight=0.7,
+            gamma_pos=0.5,
+            head_tail_neg=0.8,
+        )
+        for _ in range(2)
+    )
+
+    def modified(z: np.ndarray, t: np.ndarray, counted: np.ndarray) -> float:
+        factors = reference.head_tail_factors(np.maximum(counted, 1).tolist(), 1 / 3)
+        gammas = [[0.5] * 3, [3 + 0.8 * h for h in factors]]
+        return reference.asymmetric_loss(z.tolist(), t.tolist(), *gammas, 0.05)
+
+    sums, seen, found, corrected = np.zeros(3), 0, np.zeros(3), 0
+    for update in range(6):
+        rows = [0, 1, 2] if update % 2 == 0 else [3, 4, 5]
+        logits = rng.normal(0.5, 2, (3, 3))
+        probs = 1 / (1 + np.exp(-logits))
+        means = sums / max(seen, 1)
+        added = np.where((probs > np.maximum(means, 0.6)) & (given[rows] == 0), 1.0, given[rows])
+        now = found * 6 / corrected if corrected else counts
+        is_on = seen >= 6 * start_epoch
+        expected = [
+            modified(z, t, counts)
+            + (0.7 * 6 / max(counts.sum(), 1) * modified(z, a, now) if is_on else 0)
+            for z, t, a in zip(logits, given[rows], added, strict=True)
+        ]
+        targets = torch.from_numpy(given[rows])
+        values = whole(torch.from_numpy(logits), targets)
+        assert values.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        pieces = [parts(torch.from_numpy(logits[i : i + 1]), targets[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(torch.cat(pieces), values)
+        for loss in (whole, parts):
+            loss.synchronize()
+        sums, seen = sums + probs.sum(axis=0), seen + 3
+        if is_on:
+            found, corrected = found + added.sum(axis=0), corrected + 3
+    assert whole.added_per_row() == pytest.approx(
+        found.sum() / corrected - counts.sum() / 6, abs=1e-5
+    )
+    again = LongTailLoss(torch.from_numpy(counts), 6, tau=0.6)
+    again.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    assert again.corrector.rows == 18
+    assert torch.equal(again.found, whole.found)
+
+
+def test_without_a_corrector_it_is_the_modifier_and_keeps_nothing() -> None:
+    logits, targets, counts = random_case(3)
+    loss = LongTailLoss(counts, 50, tau=None, head_tail_neg=0.5)
+    expected = multi_focal_loss(
+        logits, targets, head_tail_factors(counts.float()), head_tail_neg=0.5
+    )
+    for _ in range(3):
+        torch.testing.assert_close(loss(logits, targets), expected)
+        loss.synchronize()
+    assert loss.added_per_row() == 0
+    torch.testing.assert_close(loss.modified(logits, targets), expected)
+
+
+def test_predictions_that_are_not_finite_leave_the_state_finite() -> None:
+    loss = LongTailLoss(torch.ones(2), 2, start_epoch=0)
+    logits = torch.tensor([[2.0, float("nan")], [1.0, -1.0]])
+    assert torch.isnan(loss(logits, torch.zeros(2, 2))[0])  # the loop stops there
+    loss.synchronize()
+    assert loss.corrector.rows == 1
+    torch.testing.assert_close(loss.corrector.sums, logits[1].sigmoid())
+    assert all(torch.isfinite(value).all() for value in loss.state_dict().values())
+
+
+def test_settings_of_the_long_tail_loss_are_checked() -> None:
+    for given, message in [
+        ({"tau": 0.0}, r"tau must lie strictly between 0 and 1; got 0\.0"),
+        ({"start_epoch": -1}, "start_epoch must be at least 0; got -1"),
+        ({"correction_weight": -1.0}, r"correction_weight must be at least 0; got -1\.0"),
+        ({"gamma_neg": float("nan")}, "gamma_neg must be at least 0; got nan"),
+        ({"clip": 1.0}, r"clip must be at least 0 and below 1; got 1\.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LongTailLoss(torch.ones(2), 2, **given)
 
 
 @pytest.mark.parametrize("seed", range(20))

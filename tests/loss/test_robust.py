@@ -255,3 +255,34 @@ def test_early_learning_regularisation_prevents_memorisation(seed: int) -> None:
     assert regular["memorised"] < 0.2
     assert regular["precision"] > 0.9
     assert regular["recall"] > 0.85
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_prediction_that_is_not_finite_changes_no_target(top_k: int | None, bad: float) -> None:
+    memory, other = (TargetMemory(names(3), 4, top_k=top_k) for _ in range(2))
+    logits = random_logits(np.random.default_rng(0), 3, 4).float()
+    for one in (memory, other):
+        one.update(logits, torch.arange(3))
+    broken = logits.clone()
+    broken[1, 2] = bad
+    found = memory.update(broken, torch.tensor([0, 1, -1]))
+    other.update(logits[:1], torch.tensor([0]))
+    assert torch.equal(memory.read(torch.arange(3)), other.read(torch.arange(3)))
+    assert torch.equal(found[:2], other.read(torch.arange(2)))
+    fresh = TargetMemory(names(2), 4, top_k=top_k)
+    fresh.update(broken[:2], torch.arange(2))
+    assert fresh.seen.tolist() == [True, False]
+    assert not fresh.read(torch.tensor([1])).any()
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_stored_targets_are_the_targets(top_k: int | None) -> None:
+    memory = TargetMemory(names(5), 6, top_k=top_k)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        memory.update(random_logits(rng, 4, 6), torch.tensor([0, 1, 2, 4]))
+    stored = memory.stored()
+    assert stored.has_canonical_format
+    assert np.array_equal(stored.toarray(), memory.read(torch.arange(5)).numpy())
+    assert np.diff(stored.indptr).tolist() == [top_k or 6] * 3 + [0, top_k or 6]

@@ -36,21 +36,74 @@ def brier(probs, gold):
     return total / len(gold)
 
 
-def reliability(probs, gold, bins):
-    top = [max(row) for row in probs]
-    right = [p == g and g != -1 for p, g in zip(predicted(probs), gold, strict=True)]
-    confidence, correct, count = [], [], []
-    for b in range(bins):
-        inside = [i for i, t in enumerate(top) if (b / bins < t or b == 0) and t <= (b + 1) / bins]
+def bin_edges(values, bins, binning):
+    """The upper edge of each bin."""
+    if binning == "width":
+        return [(b + 1) / bins for b in range(bins)]
+    ranked = sorted(values)
+    return [ranked[math.ceil(len(values) * (b + 1) / bins) - 1] for b in range(bins)]
+
+
+def members(values, bins, binning):
+    """The positions of the values of each bin: the first whose edge they do not exceed."""
+    edges = bin_edges(values, bins, binning)
+    found = [[] for _ in range(bins)]
+    for i, value in enumerate(values):
+        found[next((b for b in range(bins) if value <= edges[b]), bins - 1)].append(i)
+    return found
+
+
+def table(values, hits, bins, binning):
+    mean, share, count = [], [], []
+    for inside in members(values, bins, binning):
         count.append(len(inside))
-        confidence.append(sum(top[i] for i in inside) / len(inside) if inside else math.nan)
-        correct.append(sum(right[i] for i in inside) / len(inside) if inside else math.nan)
-    return confidence, correct, count
+        mean.append(sum(values[i] for i in inside) / len(inside) if inside else math.nan)
+        share.append(sum(hits[i] for i in inside) / len(inside) if inside else math.nan)
+    return mean, share, count
 
 
-def ece(probs, gold, bins):
-    table = zip(*reliability(probs, gold, bins), strict=True)
-    return sum(n * abs(conf - acc) for conf, acc, n in table if n) / len(gold)
+def calibration_error(values, hits, bins, binning):
+    rows = zip(*table(values, hits, bins, binning), strict=True)
+    return sum(n * abs(mean - share) for mean, share, n in rows if n) / len(values)
+
+
+def top(probs, gold):
+    right = [p == g and g != -1 for p, g in zip(predicted(probs), gold, strict=True)]
+    return [max(row) for row in probs], right
+
+
+def reliability(probs, gold, bins, binning):
+    return table(*top(probs, gold), bins, binning)
+
+
+def ece(probs, gold, bins, binning="width"):
+    return calibration_error(*top(probs, gold), bins, binning)
+
+
+def classwise_ece(probs, gold, bins, binning):
+    labels = range(len(probs[0]))
+    columns = [([row[k] for row in probs], [g == k for g in gold]) for k in labels]
+    return sum(calibration_error(*column, bins, binning) for column in columns) / len(labels)
+
+
+def brier_parts(probs, gold, bins, binning):
+    """The five terms of Stephenson et al. 2008, label by label and bin by bin."""
+    total = dict.fromkeys(["reliability", "resolution", "uncertainty", "remainder"], 0.0)
+    for k in range(len(probs[0])):
+        values, hits, rows = [row[k] for row in probs], [g == k for g in gold], len(gold)
+        base = sum(hits) / rows
+        total["uncertainty"] += base * (1 - base)
+        for inside in members(values, bins, binning):
+            if not inside:
+                continue
+            mean = sum(values[i] for i in inside) / len(inside)
+            share = sum(hits[i] for i in inside) / len(inside)
+            total["reliability"] += len(inside) * (mean - share) ** 2 / rows
+            total["resolution"] += len(inside) * (share - base) ** 2 / rows
+            for i in inside:
+                spread = values[i] - mean
+                total["remainder"] += (spread**2 - 2 * spread * (hits[i] - share)) / rows
+    return {"brier": brier(probs, gold)} | total
 
 
 def risk_coverage(confidence, correct):
@@ -76,6 +129,37 @@ def coverage(sets, gold):
 
 def set_size(sets):
     return sum(sum(row) for row in sets) / len(sets)
+
+
+def label_coverage(sets, gold):
+    """Coverage of each label that has rows."""
+    rows = {label: [i for i, g in enumerate(gold) if g == label] for label in set(gold) - {-1}}
+    return [sum(sets[i][label] for i in some) / len(some) for label, some in rows.items()]
+
+
+def macro_coverage(sets, gold):
+    share = label_coverage(sets, gold)
+    return sum(share) / len(share) if share else math.nan
+
+
+def under_coverage_gap(sets, gold, target):
+    share = label_coverage(sets, gold)
+    return sum(max(0.0, target - c) for c in share) / len(share) if share else math.nan
+
+
+def share_below(sets, gold, least):
+    share = label_coverage(sets, gold)
+    return sum(c < least for c in share) / len(share) if share else math.nan
+
+
+def size_stratified_violation(sets, gold, target, strata):
+    gaps = []
+    for low, high in strata:
+        some = [i for i, row in enumerate(sets) if low <= sum(row) <= high]
+        if some:
+            hits = sum(gold[i] >= 0 and sets[i][gold[i]] for i in some)
+            gaps.append(abs(hits / len(some) - target))
+    return max(gaps)
 
 
 def binomial_interval(successes, trials, level):

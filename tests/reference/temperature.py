@@ -21,3 +21,19 @@ def fit(probs, gold):
         best = min(range(41), key=lambda i: nll(probs, gold, math.exp(grid[i])))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
     return math.exp(grid[best])
+
+
+def scale_odds(p, temperature):
+    odds = (p / (1 - p)) ** (1 / temperature)
+    return odds / (1 + odds)
+
+
+def odds_nll(probs, gold, temperature):
+    """Mean over the stored labels of all rows, each a yes or no."""
+    losses = []
+    for row, true in zip(probs, gold, strict=True):
+        for label, p in enumerate(row):
+            if p > 0:
+                scaled = scale_odds(p, temperature)
+                losses.append(-math.log(max(scaled if label in true else 1 - scaled, 1e-12)))
+    return sum(losses) / len(losses)

@@ -92,4 +92,4 @@ def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert len(html) < 400_000
     for name in ("measured", "accuracy", "sets", "review", "provenance"):
         assert section(html, name)
-    assert html.count("<img ") == html.count('alt="') == 11
+    assert html.count("<img ") == html.count('alt="') == 14

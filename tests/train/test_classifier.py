@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -10,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value
+from safetensors import safe_open
+from scipy.sparse import csr_array
 
-from llmlabel.data import with_columns
+from llmlabel.data import read_parquet, with_columns
 from llmlabel.engine.fake import FakeEngine
 from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.loss.longtail import LongTailLoss
 from llmlabel.refine.adapt import gold_labels
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train import checkpoint, classifier, loop
 from llmlabel.train.classifier import predict, train_classifier
 from llmlabel.train.network import LabelSupervised, LoRA
-from llmlabel.train.settings import EarlyLearning
-from llmlabel.train.student import validation_rows
+from llmlabel.train.settings import EARLY, EarlyLearning, LongTail
+from llmlabel.train.student import training_rows, validation_rows
 
 LABELS = load_labels(["animal", "money"])
 NO_DROPOUT = LoRA(r=4, alpha=16, dropout=0.0)
@@ -487,3 +491,163 @@ def test_rows_of_no_label_are_learned_where_they_were_read(
     single = with_columns(table(3), {"error": ([None] * 3, Value("string"))})
     empty = SoftLabels.from_dense(probs, LABELS).add_to(single)
     assert losses_of(monkeypatch, empty, LABELS)["rows"].ids == ["r0"]
+
+
+def test_targets_are_those_of_the_rows_and_are_kept_sparse() -> None:
+    """20,000 rows of 3 labels among 1,000 took 160 MB as a table; one value stored as 0 is none."""
+    labels = load_labels([f"l{i}" for i in range(1000)])
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.permutation(1000)[: 3 * 333].reshape(3, 333), axis=0)[
+        :, rng.integers(0, 333, 20_000)
+    ].T
+    probs = rng.dirichlet(np.ones(3), 20_000).astype(np.float32) * np.float32(0.9)
+    probs[0, 0] = 0.0
+    stored = csr_array((probs.ravel(), ids.ravel(), np.arange(20_001) * 3), shape=(20_000, 1000))
+    texts = Dataset.from_dict({"text": ["a text"] * 20_000})
+    dataset = SoftLabels(stored, labels.fingerprint).add_to(texts)
+    tracemalloc.start()
+    rows = training_rows(dataset, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert rows.soft.nnz == 59_999
+    expected = probs[:8].astype(np.float64) / probs[:8].astype(np.float64).sum(
+        axis=1, keepdims=True
+    )
+    found = rows.block(list(range(8))).numpy()
+    np.testing.assert_allclose(np.take_along_axis(found, ids[:8], axis=1), expected, rtol=1e-14)
+    np.testing.assert_allclose(found.sum(axis=1), 1.0)
+
+
+def test_balanced_labels_are_balanced_in_the_validation_loss_too(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """With three of four rows of the first label, a row of the second counts three times as much."""
+    probs = np.eye(2)[[0, 0, 0, 1] * 6]
+    rows = SoftLabels.from_dense(probs, LABELS).add_to(table(24))
+    seen = validation_of(["new", "words", "here"], [0, 1, 1], id=["a", "b", "c"])
+    folder = train(
+        rows, tiny_encoder, tmp_path, validation=seen, class_weights="balanced", num_train_epochs=1
+    )
+    card = json.loads((folder / "model_card.json").read_text())
+    found = SoftLabels.from_dataset(predict(seen, model=folder), LABELS).dense()
+    each = -np.log(found[np.arange(3), [0, 1, 1]])
+    expected = (each * [2 / 3, 2, 2]).mean()
+    assert card["validation"]["epochs"][0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_was_remembered_is_written_as_it_was_kept(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Two of three labels a row; a row is never more than what it has."""
+    labels = load_labels(["animal", "money", "mat"])
+    rows = SoftLabels.from_dense(np.eye(3)[np.arange(24) % 3], labels).add_to(table())
+    given = {"early_learning": EarlyLearning(top_k=2, penalty_weight=0.0), "num_train_epochs": 1}
+    folder = train(rows, tiny_encoder, tmp_path, labels, **given)
+    kept = read_parquet(folder / EARLY)
+    assert kept["id"][:] == rows["id"][:]
+    probs = SoftLabels.from_dataset(kept, labels).dense()
+    assert (np.count_nonzero(probs, axis=1) == 2).all()
+    assert (probs.sum(axis=1) < 0.3).all()  # one epoch: 0.3 of a prediction
+
+
+MANY = load_labels(["animal", "money", "mat"], multilabel=True)
+
+
+def partial_labels(rows: int = 24) -> Dataset:
+    """What `table` is about, and half of the labels `mat` are not given."""
+    texts = table(rows)
+    probs = np.array([[i % 2 == 0, i % 2 == 1, i % 3 > 0 and i % 4 > 1] for i in range(rows)])
+    return SoftLabels.from_dense(probs.astype(float), MANY).add_to(texts)
+
+
+def test_a_long_tail_is_trained_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"longtail": LongTail(gamma_pos=0.5, tau=0.6, start_epoch=0)}
+    found = losses_of(monkeypatch, partial_labels(), MANY, **given)
+    soft = SoftLabels.from_dataset(partial_labels(), MANY).dense()
+    twin = LongTailLoss(
+        torch.from_numpy(soft.sum(axis=0)), 24, tau=0.6, start_epoch=0, gamma_pos=0.5
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        chosen = rng.permutation(24)[:8]
+        logits = torch.from_numpy(rng.normal(1, 2, (8, 3)))
+        expected = twin(logits, torch.from_numpy(soft[chosen]))
+        torch.testing.assert_close(found["losses"](logits, chosen.tolist()), expected)
+        found["more"]["after_update"]()
+        twin.synchronize()
+    compared = found["more"]["compare"](logits, torch.from_numpy(soft[chosen]))
+    torch.testing.assert_close(compared, twin.modified(logits, torch.from_numpy(soft[chosen])))
+
+
+def test_a_killed_training_of_a_long_tail_continues_to_the_same_bytes(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = with_columns(
+        Dataset.from_dict({"id": ["a", "b"], "text": ["a cat", "money on a mat"]}),
+        {"gold": ([[0], [1, 2]], List(Value("int32")))},
+    )
+    given = {
+        "longtail": LongTail(tau=0.5, gamma_neg=1.0),
+        "num_train_epochs": 4,
+        "validation": seen,
+    }
+    call = partial(train, partial_labels(), tiny_encoder)
+    killed_in_update(7, monkeypatch, partial(call, tmp_path / "m"), labels=MANY, **given)
+    again = call(tmp_path / "m", labels=MANY, save_steps=1, **given)
+    fresh = call(tmp_path / "f", labels=MANY, save_steps=1, **given)
+    assert files(again) == files(fresh)
+    passes = call(tmp_path / "p", labels=MANY, save_steps=1, pass_tokens=1, **given)
+    card = json.loads((fresh / "model_card.json").read_text())
+    assert card["labels_added_per_row"] > 0.01
+    assert json.loads((passes / "model_card.json").read_text())[
+        "labels_added_per_row"
+    ] == pytest.approx(card["labels_added_per_row"], abs=1e-3)
+    assert card["settings"]["longtail"]["tau"] == 0.5
+    probs = [SoftLabels.from_dataset(predict(seen, model=m), MANY).dense() for m in (fresh, passes)]
+    np.testing.assert_allclose(*probs, atol=1e-4)
+
+
+def test_settings_that_do_not_fit_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    tail = LongTail()
+    for labels, given, message in [
+        (LABELS, {"label_smoothing_factor": 1.0}, "label_smoothing_factor must be .*; got 1.0"),
+        (LABELS, {"longtail": tail}, "in this label space a row has one; load it with multilabel"),
+        (MANY, {"longtail": tail, "class_weights": "balanced"}, "leave class_weights out, or long"),
+        (MANY, {"longtail": tail, "label_smoothing_factor": 0.1}, "leave label_smoothing_factor"),
+        (MANY, {"longtail": tail, "early_learning": EarlyLearning()}, "leave early_learning out"),
+        (MANY, {"longtail": LongTail(tau=1.0)}, r"tau must lie strictly .* got 1\.0"),
+    ]:
+        rows = table() if labels is LABELS else partial_labels()
+        with pytest.raises(ValueError, match=message):
+            train(rows, tiny_encoder, tmp_path / "m", labels, **given)
+    assert not (tmp_path / "m").exists()
+    misspelt = {"label_smoothing_factor": 0.0, "class_weights": "Balanced", "longtail": None}
+    with pytest.raises(ValueError, match="class_weights is 'balanced' or null; got 'Balanced'"):
+        classifier._check(misspelt, LABELS)  # whose type the tests check before
+
+
+def test_predictions_that_are_not_finite_leave_what_was_remembered_finite(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training stops; its checkpoint can be continued."""
+    alive, calls = LabelSupervised.forward, iter(range(1000))
+
+    def forward(self: Any, *inputs: Any) -> torch.Tensor:
+        logits = alive(self, *inputs)
+        return logits * float("nan") if next(calls) == 4 else logits
+
+    for number, (rows, labels, given) in enumerate(
+        [
+            (table(), LABELS, {"early_learning": EarlyLearning()}),
+            (partial_labels(), MANY, {"longtail": LongTail()}),
+        ]
+    ):
+        calls = iter(range(1000))
+        place = tmp_path / str(number)
+        with monkeypatch.context() as now:
+            now.setattr(LabelSupervised, "forward", forward)
+            with pytest.raises(ValueError, match="the loss is nan in update 5"):
+                train(rows, tiny_encoder, place, labels, **given)
+        with safe_open(place / checkpoint.NAME, "pt") as kept:
+            values = [kept.get_tensor(name) for name in list(kept.keys())]
+        assert all(torch.isfinite(value.float()).all() for value in values)
+        train(rows, tiny_encoder, place, labels, **given)  # the key is that of the same call

@@ -107,8 +107,35 @@ def test_the_teacher_leaves_after_kd_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(found["losses"](logits, rows), with_teacher)
     found["after_update"]()
     alone = found["losses"](logits, rows)
+    known = sum(bool(gold) for gold in table()["gold"])
     for row, gold in enumerate(table()["gold"]):
-        assert alone[row].item() == pytest.approx(np.log(3) if gold else 0.0)
+        assert alone[row].item() == pytest.approx(np.log(3) * 24 / known if gold else 0.0)
+
+
+def test_rows_with_gold_alone_count_as_much_as_all_rows_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop divides by the weight of all rows: rows without gold must not make it smaller."""
+    weights = [1.0 + row % 3 for row in range(24)]
+    rows = with_columns(table(), {"weight": (weights, Value("float64"))})
+    found = captured(monkeypatch, rows, LABELS, kd_steps=1)
+    found["after_update"]()
+    values = found["losses"](torch.zeros(24, 3), list(range(24))).numpy()
+    assert np.average(values, weights=weights) == pytest.approx(np.log(3))
+
+
+def test_gold_of_many_rows_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole table of 5,000 rows is that of its halves, which no block cuts."""
+    rows = table(MANY, rows=5000)
+    halves = [range(2500), range(2500, 5000)]
+    logits = np.random.default_rng(0).normal(size=(5000, 3))
+    whole = captured(monkeypatch, rows, MANY, alpha=0.0)["losses"](
+        torch.from_numpy(logits), list(range(5000))
+    )
+    for part in halves:
+        found = captured(monkeypatch, rows.select(part), MANY, alpha=0.0)
+        values = found["losses"](torch.from_numpy(logits[part]), list(range(2500)))
+        assert torch.equal(values, whole[part.start : part.stop])
 
 
 def test_llkd_weighs_by_the_thresholds_before_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +216,17 @@ def test_bad_input(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             distill(rows, labels, model="m", output=tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("select", "LLKD", "select is one of all, llkd; got 'LLKD'"),
+        ("divergence", "KL", r"divergence is one of cross_entropy, kl, .*; got 'KL'"),
+    ],
+)
+def test_misspelt_choices_are_named(name: str, value: str, message: str) -> None:
+    """Here types are checked before; a caller of Python's own has nothing but this."""
+    given = {"alpha": 1.0, "temperature": 1.0, "kd_steps": None, "select": "all"}
+    with pytest.raises(ValueError, match=message):
+        module._check(given | {"divergence": "kl", name: value}, LABELS)

@@ -267,6 +267,25 @@ def test_what_answers_otherwise_is_not_exported(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_student_of_four_bits_is_not_read_without_a_gpu(student: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(student, tmp_path / "other")
+    card = json.loads((other / "model_card.json").read_text())
+    card["settings"]["load_in_4bit"] = True
+    (other / "model_card.json").write_text(json.dumps(card))
+    with pytest.raises(
+        ValueError, match=r"^model folder \S*other: it was trained with load_"
+    ) as why:
+        predicted(other)
+    assert str(why.value).endswith(
+        "with load_in_4bit=True, so that it can be used only where there are a GPU and the package "
+        "bitsandbytes; go there, or train it without"
+    )
+    with pytest.raises(ValueError, match=r"cannot be merged into 4 bits; use .*\.export_adapter"):
+        export_classifier(other, output=tmp_path / "merged")
+    adapter = export_adapter(other, output=tmp_path / "adapter")  # which needs no weight of it
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
 def test_four_bits_need_a_gpu_and_a_package(
     tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

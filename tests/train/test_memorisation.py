@@ -7,6 +7,7 @@ from datasets import Dataset, List, Value
 from llmlabel.data import read_parquet, with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import SoftLabels
+from llmlabel.train import memorisation as module
 from llmlabel.train.classifier import predict, train_classifier
 from llmlabel.train.memorisation import early_probs, find_memorised, measure_memorised
 from llmlabel.train.network import LoRA
@@ -74,6 +75,40 @@ def test_wrong_labels_are_suspect(student: Path) -> None:
     assert numbers["suspect"] == len(WRONG) / ROWS
     assert (numbers["gold_rows"], numbers["wrong"]) == (30, len(WRONG) / 30)
     assert (numbers["precision"], numbers["recall"]) == (1.0, 1.0)
+    memorised = sum(map(bool, found["memorised"]))
+    assert numbers["memorised"] == memorised / ROWS
+    # rows 3 and 17 are money and labelled animal, rows 10 and 24 the other way round
+    assert {
+        id: (one["rows"], one["suspect"], one["early"]) for id, one in numbers["labels"].items()
+    } == {"animal": (20, 2, "money"), "money": (20, 2, "animal")}
+    assert sum(one["memorised"] for one in numbers["labels"].values()) == memorised
+
+
+def test_numbers_by_label_and_margins_of_three_labels(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = load_labels(["a", "b", "c"])
+    early = np.array([[4, 3, 3], [1, 6, 3], [1, 3, 6], [0, 1, 9], [0, 0, 8], [0, 0, 0]]) / 20
+    given, said = [0, 0, 0, 1, 1, 0], [0, 0, 2, 1, 1, 0]
+
+    def soft(ids: list[int]) -> Dataset:
+        table = Dataset.from_dict({"id": list("uvwxyz"), "text": ["t"] * 6})
+        return SoftLabels.from_dense(np.eye(3)[ids], labels).add_to(table)
+
+    monkeypatch.setattr(module, "predict", lambda *_, **__: soft(said))
+    monkeypatch.setattr(module, "_early", lambda *_: (early, early.sum(axis=1) > 0))
+    found = find_memorised(soft(given), labels, model=student)
+    assert found["suspect"][:] == [False, True, True, True, True, None]
+    assert found["memorised"][:] == [False, True, False, True, True, None]
+    assert found["early_id"][:] == [0, 1, 2, 2, 2, None]
+    np.testing.assert_allclose(found["early_margin"][:5], [0.1, -0.5, -0.5, -0.8, -1], atol=1e-6)
+    assert measure_memorised(found, labels) == {
+        **{"rows": 5, "suspect": 4 / 5, "memorised": 3 / 5},
+        "labels": {
+            "a": {"rows": 3, "suspect": 2, "memorised": 1, "early": "b"},
+            "b": {"rows": 2, "suspect": 2, "memorised": 2, "early": "c"},
+        },
+    }
 
 
 def test_the_columns_are_what_they_say(student: Path) -> None:
@@ -83,10 +118,17 @@ def test_the_columns_are_what_they_say(student: Path) -> None:
 
     found = find_memorised(concatenate_datasets([rows, strangers]), LABELS, model=student)
     assert found["suspect"][ROWS:] == found["memorised"][ROWS:] == [None] * 3
-    early = {row["id"]: row["label_ids"][0] for row in read_parquet(student / EARLY)}
+    for name in ("early_id", "early_margin"):
+        assert found[name][ROWS:] == [None] * 3
+    kept = {row["id"]: row for row in read_parquet(student / EARLY)}
+    early = {id: row["label_ids"][0] for id, row in kept.items()}
     said = [ids[0] for ids in predict(rows, model=student)["label_ids"]]
     for i, row in enumerate(rows):
         suspect = early[row["id"]] != row["label_ids"][0]
+        assert found["early_id"][i] == early[row["id"]]
+        first, second = kept[row["id"]]["label_probs"]  # of two labels, the most probable first
+        margin = (first - second) / (first + second)
+        assert found["early_margin"][i] == pytest.approx(-margin if suspect else margin, abs=1e-6)
         assert found["suspect"][i] == suspect
         assert found["memorised"][i] == (suspect and said[i] == row["label_ids"][0])
     assert measure_memorised(found, LABELS)["rows"] == ROWS
@@ -109,6 +151,7 @@ def test_numbers_without_gold_and_without_suspects(student: Path) -> None:
         "rows",
         "suspect",
         "memorised",
+        "labels",
     }
     sure = found.select([i for i in range(30) if i not in WRONG])
     numbers = measure_memorised(sure, LABELS)

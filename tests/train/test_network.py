@@ -4,8 +4,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from transformers import LlamaModel
 
-from llmlabel.train.network import check_output, load_backbone, pool
+from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy
+from llmlabel.train.network import (
+    LabelSupervised,
+    Pooling,
+    TokenSupervised,
+    check_output,
+    load_backbone,
+    padded,
+    pool,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -22,28 +33,146 @@ def test_pooling_equals_the_loops(seed: int) -> None:
         torch.testing.assert_close(pool(hidden, mask, "mean")[row], own.mean(dim=0))
 
 
+def network_of(folder: Path, how: Pooling, implementation: str, **settings: Any) -> LabelSupervised:
+    """A classifier of five labels with a random head."""
+    backbone = load_backbone(str(folder), settings=settings)
+    backbone.set_attn_implementation(implementation)
+    network = LabelSupervised(backbone, labels=5, pooling=how).eval()
+    network.score.weight.data = random_head()
+    return network
+
+
+def random_head() -> torch.Tensor:
+    return torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) / 4
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 250, shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def reference_logits(
+    folder: Path, ids: torch.Tensor, weight: torch.Tensor, *, bidirectional: bool, bias: float = 0.0
+) -> torch.Tensor:
+    """Of every token, by the paper's formula: a 4-D mask of zeros lets every token see all."""
+    rows, tokens = ids.shape
+    seen = {"attention_mask": torch.zeros(rows, 1, tokens, tokens)} if bidirectional else {}
+    return LlamaModel.from_pretrained(folder)(ids, **seen).last_hidden_state @ weight.T + bias
+
+
+POOLED: dict[Pooling, Any] = {
+    "last": lambda logits: logits[:, -1],
+    "mean": lambda logits: logits.mean(dim=1),
+    "max": lambda logits: logits.max(dim=1).values,
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("how", ["last", "mean", "max"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_logits_and_losses_equal_those_of_the_reference(
+    tiny_decoder: Path, how: Pooling, implementation: str, bidirectional: bool
+) -> None:
+    ids, gold = random_ids(4, 9), torch.tensor([0, 3, 4, 3])
+    network = network_of(tiny_decoder, how, implementation, bidirectional=bidirectional)
+    weight = network.score.weight.data
+    each = reference_logits(tiny_decoder, ids, weight, bidirectional=bidirectional)
+    expected = POOLED[how](each)
+    with torch.inference_mode():
+        logits = network(ids, torch.ones_like(ids))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    for others in {"last", "mean", "max"} - {how}:
+        assert (logits - POOLED[others](each)).abs().max() > 0.1
+    targets = one_hot(gold, 5).float()
+    several = targets + one_hot((gold + 1) % 5, 5)
+    for ours, theirs in [
+        (soft_cross_entropy(logits, targets), cross_entropy(expected, gold)),
+        (
+            binary_cross_entropy(logits, several),
+            5 * binary_cross_entropy_with_logits(expected, several),
+        ),
+    ]:
+        torch.testing.assert_close(ours.mean(), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_token_logits_equal_those_of_the_reference(tiny_decoder: Path, bidirectional: bool) -> None:
+    ids = random_ids(3, 8)
+    network = TokenSupervised(
+        load_backbone(str(tiny_decoder), settings={"bidirectional": bidirectional}), tags=5
+    ).eval()
+    network.score.weight.data = random_head()
+    network.score.bias.data.fill_(0.3)
+    expected = reference_logits(
+        tiny_decoder, ids, network.score.weight.data, bidirectional=bidirectional, bias=0.3
+    )
+    with torch.inference_mode():
+        logits = network(ids, torch.ones_like(ids))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("how", ["last", "mean", "max"])
+@pytest.mark.parametrize("seen", [{}, {"bidirectional": True}, {"bidirectional_from": 1}])
+def test_padding_changes_no_probability(
+    tiny_decoder: Path, how: Pooling, implementation: str, seen: dict[str, Any]
+) -> None:
+    settings = {"bidirectional": bool(seen), **seen}
+    network = network_of(tiny_decoder, how, implementation, **settings)
+    ids = random_ids(1, 9)
+    with torch.inference_mode():
+        alone = network(ids, torch.ones_like(ids)).softmax(dim=1)
+        for pads in (1, 7, 40):
+            longer, mask = padded([ids[0].tolist(), [5] * (9 + pads)])
+            with_pads = network(longer, mask).softmax(dim=1)[:1]
+            assert (with_pads - alone).abs().max() < 1e-5
+
+
+def test_padding_changes_the_reference_the_more_the_longer_it_is(tiny_decoder: Path) -> None:
+    """Its mask of zeros lets tokens see padding, and the mean is over padding too."""
+    ids, weight = random_ids(1, 9), torch.eye(32)
+    padded_ids = [torch.cat([ids, ids.new_zeros(1, pads)], dim=1) for pads in (0, 2, 8, 32)]
+    alone, *longer = [
+        reference_logits(tiny_decoder, one, weight, bidirectional=True).mean(dim=1)
+        for one in padded_ids
+    ]
+    off = [(one - alone).abs().mean().item() for one in longer]
+    assert 0.1 < off[0] < off[1] < off[2]
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("first_layer", [0, 1, 2, None])
 def test_later_tokens_are_seen_only_without_the_causal_mask(
-    tiny_decoder: Path, implementation: str, with_mask: bool
+    tiny_decoder: Path, implementation: str, with_mask: bool, rows: int, first_layer: int | None
 ) -> None:
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
-    more: dict[str, Any] = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
-    for bidirectional in (False, True):
-        backbone = load_backbone(
-            str(tiny_decoder), settings={"bidirectional": bidirectional}
-        ).eval()
-        backbone.set_attn_implementation(implementation)
+    """None: they are seen nowhere; else from that layer upward."""
+    settings = {"bidirectional": first_layer is not None, "bidirectional_from": first_layer or 0}
+    backbone = load_backbone(str(tiny_decoder), settings=settings).eval()
+    backbone.set_attn_implementation(implementation)
+    states = []
+    for last in (8, 9):
+        ids = torch.tensor([[5, 6, 7, last]] * rows)
+        more: dict[str, Any] = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
         with torch.inference_mode():
-            hidden = backbone(ids, **more).last_hidden_state
-        influence = (hidden[0, 0] - hidden[1, 0]).abs().max().item()
-        assert (influence > 1e-3) == bidirectional
-        if with_mask:
-            alone = backbone(ids[:1, :3]).last_hidden_state[0]
-            padded = backbone(
-                torch.tensor([[5, 6, 7, 3, 3]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
-            ).last_hidden_state[0, :3]
-            assert (alone - padded).abs().max().item() < 1e-5  # padding is not attended
+            found = backbone(ids, output_hidden_states=True, **more).hidden_states
+        states.append(torch.stack(found))
+    changes = (states[0] - states[1]).abs().amax(dim=(1, 3))  # of each layer's output and token
+    for layer, change in enumerate(changes[1:]):
+        seen = first_layer is not None and layer >= first_layer
+        for earlier in range(3):
+            assert (change[earlier] > 1e-3) if seen else (change[earlier] == 0)
+
+
+def test_there_is_no_such_layer(tiny_decoder: Path, tiny_encoder: Path) -> None:
+    given = {"bidirectional": True, "bidirectional_from": 3}
+    with pytest.raises(ValueError, match="bidirectional_from=3: the layers are 0 to 2"):
+        load_backbone(str(tiny_decoder), settings=given)
+    with pytest.raises(
+        ValueError, match="bidirectional_from=3: the layers of BertModel have no mas"
+    ):
+        load_backbone(str(tiny_encoder), settings=given)
 
 
 def test_a_pooler_that_is_never_used_is_dropped(tiny_encoder: Path) -> None:

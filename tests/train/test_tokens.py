@@ -15,7 +15,7 @@ from llmlabel.train import tokens as module
 from llmlabel.train.classifier import predict
 from llmlabel.train.network import LoRA
 from llmlabel.train.spans import tags_of
-from llmlabel.train.tokens import predict_spans, train_tagger
+from llmlabel.train.tokens import measure_spans, predict_spans, train_tagger
 
 LABELS = load_labels(["animal", "place"])
 
@@ -209,3 +209,64 @@ def test_rows_without_ids_repeat_nothing(tiny_encoder: Path, tmp_path: Path) -> 
     folder = train(rows, tiny_encoder, tmp_path, num_train_epochs=1, validation=seen)
     told = json.loads((folder / "model_card.json").read_text())["validation"]
     assert (told["rows"], told["repeat_training_rows"]) == (1, 0)
+
+
+def test_whole_spans_with_their_label_count() -> None:
+    labels = load_labels(["animal", "place", "time"])
+
+    def rows(**spans: list[tuple[int, int, int]] | None) -> Dataset:
+        found = Dataset.from_dict({"id": list(spans), "text": ["the cat sat"] * len(spans)})
+        named = [
+            some
+            if some is None
+            else [{"start": a, "end": b, "label_id": k, "prob": 0.5} for a, b, k in some]
+            for some in spans.values()
+        ]
+        return with_columns(found, {"spans": (named, SPANS)})
+
+    true = rows(x=[(0, 3, 0), (4, 7, 1)], y=[(0, 3, 0)], z=None, w=[])
+    said = rows(w=[(0, 7, 1)], z=[(0, 3, 0)], y=None, x=[(0, 3, 0), (4, 6, 1)])
+    # of 3 true spans 1 was found, of 3 that were said 1 is true; nobody knows those of z
+    third = {key: pytest.approx(1 / 3) for key in ("precision", "recall", "f1")}
+    assert measure_spans(said, true, labels) == {
+        **{"rows": 3, "spans": 3, **third},
+        "labels": {
+            "animal": {"spans": 2, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)},
+            "place": {"spans": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0},
+        },
+    }
+    assert measure_spans(rows(w=[]), rows(w=[]), labels)["f1"] == 0.0
+    with pytest.raises(ValueError, match="the row with id 'w' is not in tagged; add it there too"):
+        measure_spans(said, rows(x=[]), labels)
+    with pytest.raises(ValueError, match="none of the 1 rows of tagged has known spans"):
+        measure_spans(rows(z=[]), rows(z=None), labels)
+
+
+def test_sure_spans_have_the_loss_of_the_reference(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its cross-entropy is the mean over the first tokens of all words; others have the target -100."""
+    found: dict[str, Any] = {}
+
+    def train_student(*given: Any, **more: Any) -> Path:
+        found.update(given=given)
+        return Path("model")
+
+    monkeypatch.setattr(module, "train_student", train_student)
+    rows = table()
+    sure = [spans and [{**one, "prob": None} for one in spans] for spans in rows["spans"]]
+    train(with_columns(rows, {"spans": (sure, SPANS)}), tiny_encoder, tmp_path)
+    trained, _, losses, _ = found["given"]
+    chosen = [3, 0, 5, 2]
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 64, 5)))
+    targets = torch.full((4, 64), -100)
+    tokenizer = module._tokenizer(str(tiny_encoder))
+    for number, at in enumerate(chosen):
+        row = trained.kept[at]
+        _, words, _ = module._words(tokenizer, rows["text"][row], 64)
+        for word, tag in zip(words, tags_of(sure[row], words, labels=2), strict=True):
+            targets[number, word.token] = int(tag.argmax())
+    weights = torch.from_numpy(trained.weights[chosen])
+    ours = (weights * losses(logits, chosen)).sum() / weights.sum()
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)

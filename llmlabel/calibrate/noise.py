@@ -1,0 +1,421 @@
+"""Thresholds from calibration rows whose labels are pseudo-labels, some of them wrong.
+
+A threshold that is fitted on wrong labels covers those. Where the noise is known, or a few rows with
+gold tell it, the share of true labels that a threshold covers can be estimated without seeing them.
+
+What is corrected is noise that depends on the true label only: given that, which pseudo-label a row
+gets must say nothing of its soft label. So the pseudo-labels must come from somewhere else than the
+soft labels (other people, another model, rules), and noise that hits the hard rows is not undone:
+there only the bounds that hold whatever the noise is say something.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+
+from llmlabel.calibrate.bounds import binomial_upper
+from llmlabel.calibrate.groups import with_sets
+from llmlabel.calibrate.quantile import conformal_quantile, exact, row_uniforms
+from llmlabel.calibrate.scores import Nonconformity, Score, stored_scores, true_scores
+from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.data import gold_index, require_columns
+from llmlabel.files import arrow_table
+from llmlabel.labelspace import LabelSpace
+from llmlabel.softlabels import SoftLabels
+
+Channel: TypeAlias = float | np.ndarray
+"""Share of wrong pseudo-labels, any other label being as probable; or P(pseudo-label | label)."""
+
+_ROUNDING = 1e-9
+"""Sums of many weights differ by less from row to row."""
+
+_MOST_DOUBTFUL = 1e6
+"""Condition number of a noise matrix from which on nothing is left to be undone."""
+
+
+@dataclass(frozen=True)
+class NoisyConformal:
+    """A threshold that is corrected for noise beside one that is not, and what each promises.
+
+    Attributes:
+        alpha: Share of new rows whose set may miss the true label.
+        how: Nonconformity score.
+        threshold: Corrected.
+        coverage: Share of true labels that it covers, as estimated: unbiased if the noise is as said.
+        guaranteed: Share that it covers at least, but for a share `delta` of draws of rows.
+        plain_threshold: Of split conformal prediction, as if the pseudo-labels were true.
+        plain_coverage: Share of true labels that it covers, as estimated.
+        plain_guaranteed: Share that it covers at least on average, whatever the noise.
+        noise: "uniform" or "matrix".
+        wrong: Share of wrong pseudo-labels.
+        gold_rows: Rows that the noise was estimated on; 0 where it was given.
+        rows: Rows with a pseudo-label, those with gold included.
+        delta: See `guaranteed`.
+        seed: Seed of the uniform numbers of randomised scores.
+        label_space: Fingerprint of the label space.
+    """
+
+    __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
+
+    alpha: float
+    how: Nonconformity
+    threshold: float
+    coverage: float
+    guaranteed: float
+    plain_threshold: float
+    plain_coverage: float
+    plain_guaranteed: float
+    noise: str
+    wrong: float
+    gold_rows: int
+    rows: int
+    delta: float
+    seed: int
+    label_space: str
+
+
+@dataclass(frozen=True)
+class CoverageCurve:
+    """The share of true labels that each threshold covers, as estimated; thresholds ascending."""
+
+    thresholds: Float[np.ndarray, " thresholds"]
+    coverage: Float[np.ndarray, " thresholds"]
+    slack: float
+    """All of them are at most this below the estimate, but for a share delta of draws."""
+
+    def first(self, target: float) -> float | None:
+        """The smallest threshold that covers so much."""
+        reached = np.flatnonzero(self.coverage >= target - _ROUNDING)
+        return float(self.thresholds[reached[0]]) if reached.size else None
+
+    def at(self, threshold: float) -> float:
+        """The estimate, between 0 and 1; an infinite threshold covers every label."""
+        if threshold == math.inf:
+            return 1.0
+        place = int(np.searchsorted(self.thresholds, threshold, side="right")) - 1
+        return float(np.clip(self.coverage[place], 0, 1)) if place >= 0 else 0.0
+
+
+def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
+    dataset: Dataset,
+    labels: LabelSpace,
+    *,
+    column: str,
+    noise: float | list[list[float]] | Literal["uniform", "matrix"],
+    alpha: float = 0.1,
+    score: Score | Nonconformity = "lac",
+    aim: Literal["mean", "certain"] = "mean",
+    delta: float = 0.1,
+    seed: int = 0,
+) -> NoisyConformal:
+    """Fits the threshold that leaves out the *true* label of at most a share `alpha` of new rows.
+
+    With V the inverse of the matrix P(pseudo-label | label), the mean over rows of the sum over
+    labels k of V[pseudo-label, k] x (score of k <= threshold) is the coverage of true labels, without
+    bias: Sesia et al. 2023 (arXiv 2309.05092), in the marginal form of Bortolotti et al.
+    2025 (arXiv 2501.18060); for uniform noise Penso et al. 2025 (NACP, arXiv 2501.12749). The
+    threshold is the smallest where it reaches ceil((n + 1)(1 - alpha)) / n; without noise that is
+    split conformal prediction. Where true labels conform better than others do, noise makes plain
+    sets too large; `plain_guaranteed`, 1 - alpha - share of wrong labels, holds for any noise
+    (Einbinder et al. 2022, arXiv 2209.14295).
+
+    `guaranteed` with known noise is the estimate minus a slack of order sqrt(log(2 / delta) / 2n), from
+    the inequality of Dvoretzky, Kiefer and Wolfowitz. With estimated noise it is the coverage of the
+    gold rows minus sqrt(log(1 / delta) / 2m): that supposes nothing about the noise.
+
+    Differs from the papers: the slack has one side only, for only low coverage breaks the promise; and
+    it is a factor 1 + 1 / (2 log(2 / delta)) larger where a row counts with several labels.
+
+    Args:
+        dataset: Rows with soft labels and pseudo-labels, drawn like the new rows. Rows without a
+            pseudo-label are left out: the promise is for rows that get one.
+        labels: A single-label space.
+        column: Lists of label ids; the first of a row is its pseudo-label. Not the soft label's own.
+        noise: Share of wrong pseudo-labels, each other label being as probable; a matrix with a row of
+            P(pseudo-label | label) for each label; or which of the two to estimate on the rows that
+            have both gold and a pseudo-label, which must be a random part of all.
+        alpha: Share of misses allowed.
+        score: Nonconformity score, or a `Nonconformity` with its settings.
+        aim: "mean" covers 1 - alpha on average; "certain" raises the threshold by the slack, so that
+            `guaranteed` is 1 - alpha (known noise only).
+        delta: Share of draws of rows in which `guaranteed` may fail.
+        seed: Of randomised scores.
+
+    Raises:
+        ValueError: If `alpha` or `delta` is not between 0 and 1, there are too few rows for them,
+            the pseudo-labels are the most probable labels of the soft labels, noise is so strong that
+            it cannot be undone, or cannot be estimated, or the label space is multi-label.
+    """
+    _check(labels, alpha, delta)
+    require_columns(dataset, "id", column)
+    refuse_routed(dataset)
+    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    given = _first_labels(dataset, column, labels)
+    kept = np.flatnonzero(given >= 0)
+    dataset, given = dataset.select(kept), given[kept]
+    probs = SoftLabels.from_dataset(dataset, labels).probs
+    uniforms = row_uniforms(dataset["id"][:], seed=seed)
+    rows = len(given)
+    count = math.ceil((rows + 1) * (1 - exact(alpha)))
+    if count > rows:
+        raise ValueError(
+            f"alpha={alpha} needs at least {math.ceil(1 / exact(alpha)) - 1} rows with a pseudo-label "
+            f"in column {column!r}; there are {rows} (label more rows, or allow a larger alpha)"
+        )
+    _check_source(probs, given, column)
+    gold = np.full(rows, -1)
+    if isinstance(noise, str):
+        gold = _gold_part(dataset, labels)
+        channel = estimate_noise(given[gold >= 0], gold[gold >= 0], labels, noise)
+    else:
+        channel = noise if isinstance(noise, int | float) else np.array(noise, dtype=np.float64)
+    curve = coverage_curve(probs, given, channel, how, uniforms, delta)
+    target = count / rows
+    if aim == "certain":
+        target = float(1 - exact(alpha)) + _certain_slack(curve.slack, rows, alpha, gold)
+    if (threshold := curve.first(target)) is None:
+        raise ValueError(
+            f"alpha={alpha} is unreachable: an estimated {curve.coverage.max(initial=0.0):.3f} of true "
+            f"labels are among the labels stored, and {target:.3f} are needed; store more labels a row, "
+            "or allow a larger alpha"
+        )
+    plain = conformal_quantile(true_scores(probs, given, how, uniforms), alpha)
+    wrong, most_wrong = _wrong_share(channel, given, gold, delta)
+    known = gold >= 0
+    if known.any():
+        covered = true_scores(probs, gold, how, uniforms)[known] <= threshold
+        guaranteed = float(covered.mean()) - math.sqrt(math.log(1 / delta) / (2 * known.sum()))
+    else:
+        guaranteed = curve.at(threshold) - curve.slack
+    return NoisyConformal(
+        alpha=alpha,
+        how=how,
+        threshold=threshold,
+        coverage=curve.at(threshold),
+        guaranteed=max(guaranteed, 0.0),
+        plain_threshold=plain,
+        plain_coverage=curve.at(plain),
+        plain_guaranteed=max(1 - alpha - most_wrong, 0.0),
+        noise="matrix" if isinstance(channel, np.ndarray) else "uniform",
+        wrong=wrong,
+        gold_rows=int(known.sum()),
+        rows=rows,
+        delta=delta,
+        seed=seed,
+        label_space=labels.fingerprint,
+    )
+
+
+def predict_noisy_sets(
+    dataset: Dataset,
+    labels: LabelSpace,
+    fitted: NoisyConformal,
+    *,
+    threshold: Literal["corrected", "plain"] = "corrected",
+) -> Dataset:
+    """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
+
+    Raises:
+        ValueError: If the threshold was fitted in another label space.
+    """
+    if fitted.label_space != labels.fingerprint:
+        raise ValueError(
+            f"the threshold was fitted in label space {fitted.label_space}, but the label space given "
+            f"is {labels.fingerprint}; fit it again on rows of this one"
+        )
+    require_columns(dataset, "id")
+    limit = fitted.threshold if threshold == "corrected" else fitted.plain_threshold
+    probs = SoftLabels.from_dataset(dataset, labels).probs
+    return with_sets(dataset, probs, np.array([[limit]]), fitted.how, seed=fitted.seed)
+
+
+def estimate_noise(
+    given: Int[np.ndarray, " rows"],
+    gold: Int[np.ndarray, " rows"],
+    labels: LabelSpace,
+    kind: Literal["uniform", "matrix"],
+) -> Channel:
+    """The share of wrong pseudo-labels among rows with gold, or P(pseudo-label | gold).
+
+    Raises:
+        ValueError: If there are no rows, or for a matrix none of some label.
+    """
+    if not len(gold):
+        raise ValueError(
+            "no row has both gold and a pseudo-label, so the noise cannot be estimated; label some "
+            "rows, drawn at random, or give noise= as a number or matrix"
+        )
+    if kind == "uniform":
+        return float((given != gold).mean())
+    counts = np.zeros((len(labels), len(labels)))
+    np.add.at(counts, (gold, given), 1)
+    totals = counts.sum(axis=1, keepdims=True)
+    if (unseen := np.flatnonzero(totals[:, 0] == 0)).size:
+        raise ValueError(
+            f"label {labels.ids[unseen[0]]!r} has no row with both gold and a pseudo-label, so its row "
+            f"of the noise matrix is unknown ({unseen.size} such labels of {len(labels)}); label some "
+            "of its rows, or take noise='uniform'"
+        )
+    shares: np.ndarray = counts / totals
+    return shares
+
+
+def inverse_noise(
+    channel: Float[np.ndarray, "labels labels"],
+) -> Float[np.ndarray, "labels labels"]:
+    """The inverse of P(pseudo-label | label); rows sum to 1, and some weights are below 0.
+
+    Raises:
+        ValueError: If rows are no distributions, or the pseudo-labels of some labels are too alike.
+    """
+    if not ((channel >= 0).all() and np.abs(channel.sum(axis=1) - 1).max() < 1e-6):
+        row = int(np.argmax((channel < 0).any(axis=1) | (np.abs(channel.sum(axis=1) - 1) >= 1e-6)))
+        raise ValueError(
+            f"row {row} of the noise matrix is {channel[row].tolist()}; it must hold "
+            "P(pseudo-label | label): numbers from 0 on that sum to 1"
+        )
+    if not np.linalg.cond(channel) < _MOST_DOUBTFUL:
+        raise ValueError(
+            "the noise matrix has no inverse: some labels get the same pseudo-labels, so nothing tells "
+            "them apart; merge these labels, or estimate the noise on more gold rows"
+        )
+    inverse: np.ndarray = np.linalg.inv(channel)
+    return inverse
+
+
+# --------------------------------------------------------------------------------------- curve
+
+
+def coverage_curve(
+    probs: csr_array,
+    given: Int[np.ndarray, " rows"],
+    channel: Channel,
+    how: Nonconformity,
+    uniforms: Float[np.ndarray, " rows"],
+    delta: float,
+) -> CoverageCurve:
+    """Adds up the weights of all stored labels in the order of their scores."""
+    rows, labels = probs.shape
+    row = np.repeat(np.arange(rows), np.diff(probs.indptr))
+    level = math.sqrt(math.log(2 / delta) / (2 * rows))
+    # Of a mean of functions that are no steps the inequality holds at this level: by Jensen and
+    # Markov, P(excess > a) <= integral of exp(-2nt^2) from b on / (a - b) <= exp(-2nb^2).
+    wide = level + 1 / (4 * rows * level)
+    if isinstance(channel, np.ndarray):
+        if channel.shape != (labels, labels):
+            raise ValueError(
+                f"the noise matrix has shape {channel.shape}, but there are {labels} labels"
+            )
+        inverse = inverse_noise(channel)
+        weights = inverse[given[row], probs.indices]
+        gains, losses = np.maximum(inverse, 0), np.maximum(-inverse, 0)
+        slack = wide * float(gains.sum(axis=1).max() + losses.sum(axis=1).max())
+    else:
+        spread = _spread(channel, labels)
+        weights = ((probs.indices == given[row]) - spread / labels) / (1 - spread)
+        slack = (level + spread * wide) / (1 - spread)
+    scores = stored_scores(probs, how, uniforms)
+    finite = np.isfinite(scores)
+    scores, weights = scores[finite], weights[finite]
+    order = np.lexsort((weights, scores))  # so that sums do not depend on the order of the rows
+    scores, sums = scores[order], np.cumsum(weights[order])
+    last = np.flatnonzero(np.append(np.diff(scores) > 0, True)) if len(scores) else np.arange(0)
+    return CoverageCurve(scores[last], sums[last] / rows, slack)
+
+
+def _spread(wrong: float, labels: int) -> float:
+    """The share of rows whose label is drawn anew from all labels, the true one among them."""
+    chance = 1 - 1 / labels
+    if not 0 <= wrong < chance - _ROUNDING:
+        raise ValueError(
+            f"the share of wrong pseudo-labels must be from 0 to below {chance:.3g}, that of labels "
+            f"drawn at random from {labels}; it is {wrong:.3g} (such labels say nothing)"
+        )
+    return wrong / chance
+
+
+def _certain_slack(slack: float, rows: int, alpha: float, gold: Int[np.ndarray, " rows"]) -> float:
+    if (gold >= 0).any():
+        raise ValueError(
+            "aim='certain' needs known noise; where it is estimated only the gold rows are certain, so "
+            "fit llmlabel.calibrate.pac.fit_pac on these"
+        )
+    if slack > alpha:
+        raise ValueError(
+            f"cannot certify: alpha={alpha} with this noise needs n >= "
+            f"{math.ceil(rows * (slack / alpha) ** 2)} rows with a pseudo-label; there are {rows} (label "
+            "more rows, or allow a larger alpha or delta)"
+        )
+    return slack
+
+
+def _wrong_share(
+    channel: Channel, given: Int[np.ndarray, " rows"], gold: Int[np.ndarray, " rows"], delta: float
+) -> tuple[float, float]:
+    """The share of wrong pseudo-labels, and an upper bound of it."""
+    if (known := gold >= 0).any():
+        errors = int((given[known] != gold[known]).sum())
+        return errors / int(known.sum()), binomial_upper(errors, int(known.sum()), delta=delta)
+    if isinstance(channel, np.ndarray):
+        given_shares = np.bincount(given, minlength=len(channel)) / len(given)
+        prior = given_shares @ inverse_noise(channel)
+        wrong = float(np.clip(1 - prior @ np.diag(channel), 0, 1))
+        # How frequent labels are is estimated, too: the worst label bounds it.
+        return wrong, float(1 - np.diag(channel).min())
+    return channel, channel
+
+
+# ---------------------------------------------------------------------------------------- input
+
+
+def _first_labels(dataset: Dataset, column: str, labels: LabelSpace) -> Int[np.ndarray, " rows"]:
+    """The first label id of each row, -1 where there is none."""
+    values = arrow_table(dataset.select_columns([column]))[column]
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        raise ValueError(f"column {column!r} holds {values.type}; pseudo-labels are lists of ids")
+    firsts = [ids[0] if ids else -1 for ids in values.cast(pa.list_(pa.int64())).to_pylist()]
+    first = np.array(firsts, dtype=np.int64)
+    if (outside := np.flatnonzero((first < -1) | (first >= len(labels)))).size:
+        row = int(outside[0])
+        raise ValueError(
+            f"row with id {dataset[row]['id']!r} has the pseudo-label {first[row]} in column "
+            f"{column!r}; the label space has ids 0 to {len(labels) - 1}"
+        )
+    return first
+
+
+def _gold_part(dataset: Dataset, labels: LabelSpace) -> Int[np.ndarray, " rows"]:
+    """The gold label of each row, -1 where nobody knows it."""
+    gold = gold_index(dataset, labels)
+    known = arrow_table(dataset.select_columns(["gold"]))["gold"].is_valid().to_numpy()
+    if none := int((known & (gold < 0)).sum()):
+        raise ValueError(
+            f"{none} of {known.sum()} gold rows have none of the labels: such rows get wrong "
+            "pseudo-labels that no noise of the labels explains; add a label for them, such as 'other'"
+        )
+    return gold
+
+
+def _check_source(probs: csr_array, given: Int[np.ndarray, " rows"], column: str) -> None:
+    own = probs[np.arange(len(given)), given]
+    if (own >= probs.max(axis=1).toarray()).all():
+        raise ValueError(
+            f"every pseudo-label of column {column!r} is the most probable label of its row's soft "
+            "label: they say nothing about it. Take pseudo-labels from another model or from people"
+        )
+
+
+def _check(labels: LabelSpace, alpha: float, delta: float) -> None:
+    for name, value in (("alpha", alpha), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")
+    if labels.multilabel:
+        raise ValueError(
+            "noisy calibration needs a label space of one label a row; this one is multi-label"
+        )

@@ -1,0 +1,108 @@
+"""How good predictions, probabilities, prediction sets and groupings are: pure functions of arrays.
+
+`gold` holds one label id a row; -1 means none of these labels, which nothing predicts right.
+A row of `probs` that is all 0 has no prediction (its reply could not be read): it counts as wrong.
+A recipe calls a function in the module that defines it, such as `llmlabel.metrics.calibration.ece`.
+"""
+
+from llmlabel.metrics.answers import (
+    LabelIds,
+    Probs,
+    Sets,
+    accuracy,
+    binomial_interval,
+    confusion,
+    correct,
+    macro_f1,
+    macro_f1_multilabel,
+    micro_f1,
+    predicted,
+)
+from llmlabel.metrics.calibration import (
+    Binning,
+    BrierParts,
+    aurc,
+    binned,
+    brier,
+    brier_parts,
+    calibration_error,
+    classwise_ece,
+    ece,
+    nll,
+    quantile_bins,
+    reliability,
+    risk_coverage,
+)
+from llmlabel.metrics.ranking import (
+    inverse_propensity,
+    ranked,
+    ranking_scores,
+    without_pairs,
+)
+from llmlabel.metrics.sets import (
+    coverage,
+    coverage_by,
+    covered,
+    macro_coverage,
+    promised_coverage,
+    set_size,
+    set_sizes,
+    share_below,
+    size_stratified_violation,
+    under_coverage_gap,
+)
+from llmlabel.metrics.structure import (
+    cluster_scores,
+    edge_scores,
+    hierarchical_scores,
+    label_modularity,
+    span_scores,
+    tree_induced_error,
+)
+
+__all__ = [
+    "Binning",
+    "BrierParts",
+    "LabelIds",
+    "Probs",
+    "Sets",
+    "accuracy",
+    "aurc",
+    "binned",
+    "binomial_interval",
+    "brier",
+    "brier_parts",
+    "calibration_error",
+    "classwise_ece",
+    "cluster_scores",
+    "confusion",
+    "correct",
+    "coverage",
+    "coverage_by",
+    "covered",
+    "ece",
+    "edge_scores",
+    "hierarchical_scores",
+    "inverse_propensity",
+    "label_modularity",
+    "macro_coverage",
+    "macro_f1",
+    "macro_f1_multilabel",
+    "micro_f1",
+    "nll",
+    "predicted",
+    "promised_coverage",
+    "quantile_bins",
+    "ranked",
+    "ranking_scores",
+    "reliability",
+    "risk_coverage",
+    "set_size",
+    "set_sizes",
+    "share_below",
+    "size_stratified_violation",
+    "span_scores",
+    "tree_induced_error",
+    "under_coverage_gap",
+    "without_pairs",
+]

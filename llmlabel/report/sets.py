@@ -1,0 +1,185 @@
+"""The section of a report on prediction sets: who is missed, and what their promise rests on."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from llmlabel import metrics
+from llmlabel.calibrate.conformal import Conformal, calibration_rows
+from llmlabel.calibrate.diagnostics import (
+    Cell,
+    confidence_groups,
+    coverage_cells,
+    size_groups,
+)
+from llmlabel.calibrate.exchangeability import permutation_test
+from llmlabel.calibrate.groups import GroupConformal
+from llmlabel.calibrate.quantile import row_uniforms
+from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
+from llmlabel.report import measure
+from llmlabel.report.measure import MOST_LABELS, NO_LABEL, Run, values_of
+from llmlabel.report.plots import ACCENT, INK, MUTED, RULE, drawables, svg
+
+FEW = 20
+"""With fewer rows nothing is compared."""
+
+_LONG = ("scores", "row_marks", "prior", "thresholds")
+"""One value a row or a label."""
+
+
+def prediction_sets(run: Run) -> dict[str, Any] | None:
+    """`measure.coverage`, who is missed behind the average, and what the promise rests on."""
+    result = measure.coverage(run)
+    if result is None:
+        return None
+    if run.conformal is not None:
+        result["promise"] = _promise(run, run.conformal)
+    if not run.single_gold:
+        return result
+    sets = measure.gold_sets(run)
+    inside, sizes = metrics.covered(sets, run.gold), metrics.set_sizes(sets).astype(np.int64)
+    probs = run.soft[run.student].probs[run.rows]
+    top = probs.max(axis=1).toarray().ravel().astype(np.float64)
+    groupings: dict[str, tuple[Sequence[str], Int[np.ndarray, " rows"]]] = {
+        "classes": ([*run.lines, NO_LABEL], run.lines_of(run.gold)),
+        "by_size": size_groups(sizes),
+        "by_confidence": confidence_groups(top),
+    }
+    for key, (names, group) in groupings.items():
+        cells = coverage_cells(names, group, inside, sizes, target=result["target"])
+        result[key] = {cell.group: _row(cell) for cell in cells}
+    if (run.gold >= 0).any():
+        result["macro_coverage"] = metrics.macro_coverage(sets, run.gold)
+        result["share_below_half"] = metrics.share_below(sets, run.gold)
+    return result
+
+
+def fitted(conformal: Conformal | GroupConformal) -> dict[str, Any]:
+    """How the sets were made, without what is as long as the data."""
+    fields = asdict(conformal)
+    fields |= fields.pop("how", {})
+    if callable(score := fields["score"]):
+        fields["score"] = f"{score.__module__}.{score.__qualname__}"
+    return {key: value for key, value in fields.items() if key not in _LONG}
+
+
+def figures(sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dots of each grouping: name -> data URI and the same in words."""
+    said = {"classes": "label", "by_size": "size of the set", "by_confidence": "confidence"}
+    found = {}
+    for key, of in said.items():
+        if rows := sets.get(key):
+            words = "; ".join(
+                f"{name} {100 * row['coverage']:.1f} % of {row['rows']}"
+                + (", surely below the target" if row["below"] else "")
+                for name, row in rows.items()
+            )
+            found[f"coverage {key}"] = {
+                "src": dots(rows, target=sets["target"]),
+                "alt": f"Coverage by {of}: {words}.",
+            }
+    return found
+
+
+def dots(rows: dict[str, dict[str, Any]], *, target: float | None) -> str:
+    """A line for each group: coverage with its interval; a diamond where it is surely too low."""
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        lowest = min(row["coverage_low"] for row in rows.values())
+        axes.set_xlim(math.floor(lowest * 10) / 10, 1.0)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        if target is not None:
+            axes.axvline(target, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        aside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        for y, row in enumerate(rows.values()):
+            color, low, high = ACCENT, row["coverage_low"], row["coverage_high"]
+            axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+            axes.hlines(y, low, high, color=color, linewidth=1.6, alpha=0.45)
+            look: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markerfacecolor": color}
+            if row["below"]:
+                look = {"marker": "D", "markersize": 7, "markerfacecolor": "white"}
+            axes.plot(
+                row["coverage"], y, markeredgecolor=color, clip_on=False, linestyle="", **look
+            )
+            weight, ink = ("bold", INK) if row["below"] else ("normal", MUTED)
+            number = f"{row['rows']:,}"
+            axes.annotate(number, (1, y), (10, 0), va="center", color=ink, weight=weight, **aside)
+        axes.annotate("rows", (1, -0.6), (10, 3), va="bottom", color=MUTED, fontsize=7.5, **aside)
+        axes.set_yticks(range(len(rows)), drawables(list(rows)))
+        axes.tick_params(axis="y", length=0, pad=8, labelcolor=INK)
+        axes.spines[["left"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
+        axes.set_xlabel("rows whose set holds the true label")
+
+    return svg(draw, width=4.0, height=0.75 + 0.25 * len(rows))
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    return {
+        **{"rows": cell.rows, "covered": cell.covered, "coverage": cell.coverage},
+        **{"coverage_low": cell.low, "coverage_high": cell.high},
+        **{"set_size": cell.set_size, "below": cell.below},
+    }
+
+
+def _promise(run: Run, conformal: Conformal | GroupConformal) -> dict[str, Any]:
+    """What breaks it or bounds it, as far as the report can see."""
+    if isinstance(conformal, GroupConformal):
+        names = dict(zip(run.labels.ids, measure.names_of(run.labels), strict=True))
+        without = [one for one in conformal.thresholds if not one.guaranteed]
+        return {
+            "groups": len(conformal.thresholds),
+            "column": conformal.column,
+            "without": {
+                names.get(one.group, one.group) if conformal.column is None else one.group: {
+                    "rows": one.rows,
+                    "level": one.level,
+                }
+                for one in without[:MOST_LABELS]
+            },
+            "without_guarantee": len(without),
+            "levels": dict(Counter(one.level for one in without)),
+            "every_label": sum(math.isinf(one.value) for one in conformal.thresholds),
+        }
+    engines = sorted({one for one in values_of(run.table, "engine") if one is not None})
+    there = set(np.flatnonzero(calibration_rows(run.table, conformal)).tolist())
+    return {
+        "calibration_rows": conformal.rows,
+        "trained_on": conformal.training_overlap,
+        "measured_fitted_on": len(there & set(run.measured.tolist())),
+        "every_label": math.isinf(conformal.threshold),
+        "recall": conformal.recall,
+        "engines": list(conformal.engines),
+        "other_engines": [one for one in engines if one not in conformal.engines]
+        if conformal.engines
+        else [],
+        "shift": _shift(run, conformal, there),
+    }
+
+
+def _shift(run: Run, conformal: Conformal, fitted_on: set[int]) -> dict[str, Any] | None:
+    """Whether true labels conform here as on the gold rows; None where that cannot be told."""
+    if conformal.scores is None or conformal.score not in get_args(Score) or not run.single_gold:
+        return None
+    kept = np.array([row not in fitted_on for row in run.rows.tolist()], dtype=bool)
+    if min(int(kept.sum()), len(conformal.scores)) < FEW:
+        return None
+    rows = run.rows[kept]
+    how = Nonconformity(
+        conformal.score,  # type: ignore[arg-type]  # it is one of them
+        *(conformal.randomised, conformal.penalty, conformal.free_labels, conformal.prior),
+    )
+    ids = run.table["id"][:]
+    draws = row_uniforms((ids[row] for row in rows.tolist()), seed=conformal.seed)
+    probs = run.soft[run.student].probs[rows]
+    scores: Float[np.ndarray, " rows"] = true_scores(probs, run.gold[kept], how, draws)
+    distance, p_value = permutation_test(np.array(conformal.scores), scores)
+    return {"rows": len(rows), "distance": distance, "p_value": p_value}
