@@ -52,6 +52,7 @@ COLUMNS: dict[str, str] = {
     "p_value": "float64: largest p-value of the row's labels; small = no label fits",
     "label_p_values": "list<float64>: p-values of label_ids",
     "route": "string or null: who decides: model, person (it was unsure), audit (drawn at random)",
+    "online_alpha": "float64: level that the set of the row was cut at, in a stream",
     "set_nodes": "list<int32>: nodes of a hierarchy whose subtrees make up the set",
     "certain_ids": "list<int32>: labels in every label set of the row's region",
     "label_sets": "list<list<int32>>: the nearest label sets of the region; capped ones promise nothing",
@@ -123,6 +124,7 @@ ADDED_BY = {
     "shift_weight": "llmlabel.calibrate.shift.add_shift_weights adds it",
     **dict.fromkeys(("p_value", "label_p_values"), "llmlabel.calibrate.p_values.p_values adds it"),
     "route": "llmlabel.calibrate.selective.route adds it",
+    "online_alpha": "llmlabel.calibrate.online.predict_online_sets adds it",
     "set_nodes": "llmlabel.calibrate.trees.predict_subtrees adds it",
     **dict.fromkeys(
         (

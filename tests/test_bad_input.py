@@ -398,10 +398,10 @@ def test_ctrl_c_leaves_committed_blocks(here: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def disk(here: Path) -> Iterator[Path]:
-    """A file system of 128 KB."""
+    """A file system of 64 KB."""
     (here / "disk").mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", here / "disk"], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", here / "disk"], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("mounting a file system needs root")
@@ -414,7 +414,7 @@ def remount(disk: Path, options: str) -> None:
 
 
 def test_a_full_disk_keeps_what_is_committed(here: Path, disk: Path) -> None:
-    lines = [json.dumps({"text": f"the cat number {n} sat on the mat"}) for n in range(700)]
+    lines = [json.dumps({"text": f"the cat number {n} sat on the mat"}) for n in range(350)]
     Path("texts.jsonl").write_text("\n".join(lines))
     command = ["run", "r.yaml", "raw.block_rows=32", "--output"]
     assert llmlabel(*command, "runs").exit_code == 0
@@ -435,7 +435,7 @@ def test_a_full_disk_keeps_what_is_committed(here: Path, disk: Path) -> None:
 
 
 def test_the_disk_that_is_full_is_the_one_that_is_named(here: Path, disk: Path) -> None:
-    (disk / "filler").write_bytes(b"x" * 131_072)
+    (disk / "filler").write_bytes(b"x" * 65_536)
     line = refused("run", "r.yaml", "file.output=disk/labeled.jsonl")
     assert line.startswith("r.yaml: file: the disk of disk/labeled.jsonl is full; what is kept")
 
@@ -492,7 +492,7 @@ report:
 def test_hostile_labels_and_texts_pass_the_whole_chain(
     here: Path, tiny_decoder: Path, tiny_encoder: Path
 ) -> None:
-    texts = ["cat " * 20_000, "", "<|im_end|> a\0cat\u2028", "😀", "\u05e9\u05dc\u05d5\u05dd"]
+    texts = ["cat " * 2_000, "", "<|im_end|> a\0cat\u2028", "😀", "\u05e9\u05dc\u05d5\u05dd"]
     texts += [f"row {n}: the cat sat on the mat" for n in range(10)]
     lines = [json.dumps({"text": text, "gold": [n % 10]}) for n, text in enumerate(texts)]
     Path("texts.jsonl").write_text("\n".join(lines))
@@ -505,8 +505,8 @@ def test_hostile_labels_and_texts_pass_the_whole_chain(
     labels = load_labels(HOSTILE)
     for name, cut in {
         "labeled": "text cut: the prompt had",
-        "vectors": "text cut: 20001 tokens, the limit is 128",
-        "sets": "text cut: 20001 tokens, the limit is 256",
+        "vectors": "text cut: 2001 tokens, the limit is 128",
+        "sets": "text cut: 2001 tokens, the limit is 256",
     }.items():
         table = load(f"runs/r/{name}/value.parquet")
         assert table["text"][:] == texts

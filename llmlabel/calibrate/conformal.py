@@ -7,8 +7,7 @@ from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
@@ -29,12 +28,10 @@ from llmlabel.calibrate.scores import (
 )
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.tuning import TUNED, check_fold, tuned_score, tuning_fold
-from llmlabel.data import gold_index, require_columns, with_columns, with_gold
+from llmlabel.calibrate.written import with_set_ids
+from llmlabel.data import gold_index, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
-
-_BLOCK_CELLS = 4_000_000
-"""Rows x labels of the sets that are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -224,24 +221,16 @@ def predict_sets(
         )
     ids = dataset["id"][:]
     uniforms, draws = row_uniforms(ids, seed=conformal.seed), tie_draws(ids, conformal)
-    lengths, set_ids = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
-    size = max(1, _BLOCK_CELLS // len(labels))
-    for start in range(0, len(dataset), size):
-        block, own = probs[start : start + size], uniforms[start : start + size]
+
+    def sets(rows: slice) -> csr_array:
+        block, own = probs[rows], uniforms[rows]
         if ties == "keep":
             inside = sets_of(block, conformal.threshold, how, own)
         else:
-            inside = _drawn(block, conformal, how, own, draws[start : start + size])
-        if empty == "top":
-            inside = inside + _tops(block, np.diff(inside.indptr) == 0)
-        rows = np.repeat(np.arange(inside.shape[0]), np.diff(inside.indptr))
-        member_probs = block[rows, inside.indices]
-        order = np.lexsort((inside.indices, -member_probs, rows))
-        set_ids.append(inside.indices[order].astype(np.int32))
-        lengths.append(np.diff(inside.indptr))
-    offsets = pa.array(np.cumsum(np.concatenate(lengths)), pa.int32())
-    sets = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(set_ids), pa.int32()))
-    return with_columns(dataset, {"set_ids": (sets, List(Value("int32")))})
+            inside = _drawn(block, conformal, how, own, draws[rows])
+        return inside + _tops(block, np.diff(inside.indptr) == 0) if empty == "top" else inside
+
+    return with_set_ids(dataset, probs, sets)
 
 
 def calibration_rows(dataset: Dataset, conformal: Conformal) -> Bool[np.ndarray, " rows"]:

@@ -12,14 +12,15 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 
 from llmlabel.calibrate.quantile import exact, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, block_scores, true_scores
 from llmlabel.calibrate.selective import refuse_routed
-from llmlabel.data import gold_index, require_columns, rows_of, with_columns, with_gold
+from llmlabel.calibrate.written import with_set_ids
+from llmlabel.data import gold_index, require_columns, rows_of, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -27,9 +28,6 @@ Method = Literal["cross", "twice", "e"]
 
 Folds = Sequence[Float[np.ndarray, "..."]]
 """An array a fold."""
-
-_BLOCK_CELLS = 4_000_000
-"""Rows x labels of the sets that are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -188,23 +186,17 @@ def predict_cross_sets(
         _check_reach(calibration, fitted.alpha, power)
     least = _least_count(fitted, method)
     uniforms = row_uniforms(dataset["id"][:], seed=fitted.seed)
-    lengths, set_ids = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
-    size = max(1, _BLOCK_CELLS // len(labels))
-    for start in range(0, len(dataset), size):
-        rows = slice(start, start + size)
+
+    def sets(rows: slice) -> csr_array:
         blocks = [one[rows].astype(np.float64).toarray() for one in probs]
         scores = [block_scores(block, fitted.how, uniforms[rows]) for block in blocks]
         if method == "e":
-            inside = cross_e_values([ranged(s) for s in scores], calibration) < 1 / fitted.alpha
-        else:
-            inside = cross_counts(scores, calibration) >= least
-        row, ids = np.nonzero(inside)
-        order = np.lexsort((ids, -np.sum(blocks, axis=0)[row, ids], row))
-        set_ids.append(ids[order].astype(np.int32))
-        lengths.append(inside.sum(axis=1))
-    offsets = pa.array(np.cumsum(np.concatenate(lengths)), pa.int32())
-    sets = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(set_ids), pa.int32()))
-    return with_columns(dataset, {"set_ids": (sets, List(Value("int32")))})
+            return csr_array(
+                cross_e_values([ranged(s) for s in scores], calibration) < 1 / fitted.alpha
+            )
+        return csr_array(cross_counts(scores, calibration) >= least)
+
+    return with_set_ids(dataset, sum(probs[1:], start=probs[0].astype(np.float64)), sets)
 
 
 def cross_counts(scores: Folds, calibration: Folds) -> Int[np.ndarray, "..."]:
@@ -238,7 +230,9 @@ def cross_e_values(scores: Folds, calibration: Folds) -> Float[np.ndarray, "..."
     values = []
     for one, known in zip(scores, calibration, strict=True):
         total = known.sum() + one
-        values.append((len(known) + 1) * np.divide(one, total, np.zeros_like(total), where=total > 0))
+        values.append(
+            (len(known) + 1) * np.divide(one, total, np.zeros_like(total), where=total > 0)
+        )
     mean: np.ndarray = np.mean(values, axis=0)
     return mean
 

@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from jaxtyping import Bool, Float, Shaped
-from scipy.sparse import csr_array
 
 from llmlabel.calibrate.clusters import (
     GroupOfRow,
@@ -25,9 +23,10 @@ from llmlabel.calibrate.clusters import (
     grouped_quantiles,
 )
 from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores, row_uniforms
-from llmlabel.calibrate.scores import Nonconformity, Score, sets_of, true_scores
+from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
-from llmlabel.data import gold_index, require_columns, with_columns, with_gold
+from llmlabel.calibrate.written import with_cut_sets
+from llmlabel.data import gold_index, require_columns, with_gold
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.labelspace.graph import closure
@@ -39,7 +38,6 @@ Fallback = Literal["cluster", "parent", "marginal"]
 Found = tuple[Float[np.ndarray, " labels"], Shaped[np.ndarray, " labels"]]
 """The threshold of each label, NaN where a level gives none, and the name of what gave it."""
 
-_BLOCK_CELLS = 4_000_000  # rows x labels of the sets that are made at a time
 _FEWEST_EMBEDDED = 4
 """Scores of a label that tell two clusters apart, by the rule of Ding et al. 2023."""
 
@@ -255,7 +253,7 @@ def predict_group_sets(dataset: Dataset, labels: LabelSpace, fitted: GroupConfor
         own = [known.get(value, fitted.otherwise) for value in values]  # None is no group
         limits = np.array(own, dtype=np.float64)[:, None]
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    return with_sets(dataset, probs, limits, fitted.how, seed=fitted.seed)
+    return with_cut_sets(dataset, probs, limits, fitted.how, seed=fitted.seed)
 
 
 def group_report(fitted: GroupConformal) -> Dataset:
@@ -373,28 +371,3 @@ def _values(dataset: Dataset, column: str) -> list[str | None]:
         text = "groups are strings, whole numbers or truth values"
         raise ValueError(f"column {column!r} holds {kind}; {text}")
     return [None if value is None else str(value) for value in dataset[column][:]]
-
-
-def with_sets(
-    dataset: Dataset,
-    probs: csr_array,
-    limits: Float[np.ndarray, "_ _"],
-    how: Nonconformity,
-    *,
-    seed: int,
-) -> Dataset:
-    """Adds `set_ids` of limits of shape (1, labels) or (rows, 1), most probable first."""
-    uniforms = row_uniforms(dataset["id"][:], seed=seed)
-    lengths, ids = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int32)]
-    size = max(1, _BLOCK_CELLS // probs.shape[1])
-    for start in range(0, len(dataset), size):
-        rows = slice(start, start + size)
-        block, own = probs[rows], limits[rows] if limits.shape[1] == 1 else limits
-        inside = sets_of(block, own, how, uniforms[rows])
-        row = np.repeat(np.arange(inside.shape[0]), np.diff(inside.indptr))
-        order = np.lexsort((inside.indices, -block[row, inside.indices], row))
-        ids.append(inside.indices[order].astype(np.int32))
-        lengths.append(np.diff(inside.indptr))
-    offsets = pa.array(np.cumsum(np.concatenate(lengths)), pa.int32())
-    sets = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids), pa.int32()))
-    return with_columns(dataset, {"set_ids": (sets, List(Value("int32")))})

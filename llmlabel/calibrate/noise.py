@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
 from llmlabel.calibrate.bounds import binomial_upper
-from llmlabel.calibrate.groups import with_sets
 from llmlabel.calibrate.quantile import conformal_quantile, exact, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, stored_scores, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
@@ -32,11 +32,8 @@ from llmlabel.softlabels import SoftLabels
 Channel: TypeAlias = float | np.ndarray
 """Share of wrong pseudo-labels, any other label being as probable; or P(pseudo-label | label)."""
 
-_ROUNDING = 1e-9
-"""Sums of many weights differ by less from row to row."""
-
-_MOST_DOUBTFUL = 1e6
-"""Condition number of a noise matrix from which on nothing is left to be undone."""
+_ROUNDING = 1e-9  # sums of weights in another order differ by less
+_MOST_DOUBTFUL = 1e6  # condition number from which on the noise of a matrix cannot be undone
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class NoisyConformal:
         gold_rows: Rows that the noise was estimated on; 0 where it was given.
         rows: Rows with a pseudo-label, those with gold included.
         delta: See `guaranteed`.
-        seed: Seed of the uniform numbers of randomised scores.
+        seed: Of randomised scores.
         label_space: Fingerprint of the label space.
     """
 
@@ -148,9 +145,9 @@ def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
         seed: Of randomised scores.
 
     Raises:
-        ValueError: If `alpha` or `delta` is not between 0 and 1, there are too few rows for them,
-            the pseudo-labels are the most probable labels of the soft labels, noise is so strong that
-            it cannot be undone, or cannot be estimated, or the label space is multi-label.
+        ValueError: If `alpha` or `delta` is not between 0 and 1, there are too few rows for them, the
+            pseudo-labels are the soft labels' own, the noise cannot be undone or estimated, or the
+            label space is multi-label.
     """
     _check(labels, alpha, delta)
     require_columns(dataset, "id", column)
@@ -219,11 +216,7 @@ def predict_noisy_sets(
     *,
     threshold: Literal["corrected", "plain"] = "corrected",
 ) -> Dataset:
-    """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
-
-    Raises:
-        ValueError: If the threshold was fitted in another label space.
-    """
+    """Adds `set_ids`, the labels whose score is at most the threshold, most probable first."""
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the threshold was fitted in label space {fitted.label_space}, but the label space given "
@@ -232,7 +225,7 @@ def predict_noisy_sets(
     require_columns(dataset, "id")
     limit = fitted.threshold if threshold == "corrected" else fitted.plain_threshold
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    return with_sets(dataset, probs, np.array([[limit]]), fitted.how, seed=fitted.seed)
+    return with_cut_sets(dataset, probs, np.array([[limit]]), fitted.how, seed=fitted.seed)
 
 
 def estimate_noise(
@@ -243,8 +236,7 @@ def estimate_noise(
 ) -> Channel:
     """The share of wrong pseudo-labels among rows with gold, or P(pseudo-label | gold).
 
-    Raises:
-        ValueError: If there are no rows, or for a matrix none of some label.
+    A ValueError says if there are no rows, or for a matrix none of some label.
     """
     if not len(gold):
         raise ValueError(
@@ -262,8 +254,7 @@ def estimate_noise(
             f"of the noise matrix is unknown ({unseen.size} such labels of {len(labels)}); label some "
             "of its rows, or take noise='uniform'"
         )
-    shares: np.ndarray = counts / totals
-    return shares
+    return np.asarray(counts / totals)
 
 
 def inverse_noise(
@@ -271,8 +262,7 @@ def inverse_noise(
 ) -> Float[np.ndarray, "labels labels"]:
     """The inverse of P(pseudo-label | label); rows sum to 1, and some weights are below 0.
 
-    Raises:
-        ValueError: If rows are no distributions, or the pseudo-labels of some labels are too alike.
+    A ValueError says if rows are no distributions, or pseudo-labels of some labels are too alike.
     """
     if not ((channel >= 0).all() and np.abs(channel.sum(axis=1) - 1).max() < 1e-6):
         row = int(np.argmax((channel < 0).any(axis=1) | (np.abs(channel.sum(axis=1) - 1) >= 1e-6)))
@@ -285,11 +275,7 @@ def inverse_noise(
             "the noise matrix has no inverse: some labels get the same pseudo-labels, so nothing tells "
             "them apart; merge these labels, or estimate the noise on more gold rows"
         )
-    inverse: np.ndarray = np.linalg.inv(channel)
-    return inverse
-
-
-# --------------------------------------------------------------------------------------- curve
+    return np.asarray(np.linalg.inv(channel))
 
 
 def coverage_curve(
@@ -309,21 +295,18 @@ def coverage_curve(
     wide = level + 1 / (4 * rows * level)
     if isinstance(channel, np.ndarray):
         if channel.shape != (labels, labels):
-            raise ValueError(
-                f"the noise matrix has shape {channel.shape}, but there are {labels} labels"
-            )
+            raise ValueError(f"the noise matrix has shape {channel.shape}, not {(labels, labels)}")
         inverse = inverse_noise(channel)
         weights = inverse[given[row], probs.indices]
-        gains, losses = np.maximum(inverse, 0), np.maximum(-inverse, 0)
-        slack = wide * float(gains.sum(axis=1).max() + losses.sum(axis=1).max())
+        parts = (np.maximum(part, 0).sum(axis=1).max() for part in (inverse, -inverse))
+        slack = wide * float(sum(parts))
     else:
         spread = _spread(channel, labels)
         weights = ((probs.indices == given[row]) - spread / labels) / (1 - spread)
         slack = (level + spread * wide) / (1 - spread)
     scores = stored_scores(probs, how, uniforms)
-    finite = np.isfinite(scores)
-    scores, weights = scores[finite], weights[finite]
     order = np.lexsort((weights, scores))  # so that sums do not depend on the order of the rows
+    order = order[: np.isfinite(scores).sum()]
     scores, sums = scores[order], np.cumsum(weights[order])
     last = np.flatnonzero(np.append(np.diff(scores) > 0, True)) if len(scores) else np.arange(0)
     return CoverageCurve(scores[last], sums[last] / rows, slack)
@@ -363,15 +346,10 @@ def _wrong_share(
         errors = int((given[known] != gold[known]).sum())
         return errors / int(known.sum()), binomial_upper(errors, int(known.sum()), delta=delta)
     if isinstance(channel, np.ndarray):
-        given_shares = np.bincount(given, minlength=len(channel)) / len(given)
-        prior = given_shares @ inverse_noise(channel)
-        wrong = float(np.clip(1 - prior @ np.diag(channel), 0, 1))
-        # How frequent labels are is estimated, too: the worst label bounds it.
-        return wrong, float(1 - np.diag(channel).min())
+        shares = np.bincount(given, minlength=len(channel)) / len(given)
+        wrong = float(np.clip(1 - shares @ inverse_noise(channel) @ np.diag(channel), 0, 1))
+        return wrong, float(1 - np.diag(channel).min())  # whatever label is frequent
     return channel, channel
-
-
-# ---------------------------------------------------------------------------------------- input
 
 
 def _first_labels(dataset: Dataset, column: str, labels: LabelSpace) -> Int[np.ndarray, " rows"]:
@@ -417,5 +395,5 @@ def _check(labels: LabelSpace, alpha: float, delta: float) -> None:
             raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")
     if labels.multilabel:
         raise ValueError(
-            "noisy calibration needs a label space of one label a row; this one is multi-label"
+            "noisy rows need a label space of one label a row; this one is multi-label"
         )

@@ -16,10 +16,10 @@ import numpy as np
 from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
-from llmlabel.calibrate.groups import with_sets
 from llmlabel.calibrate.quantile import exact, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
@@ -160,7 +160,7 @@ def predict_online_sets(
         window=state.window,
         delay=delay,
     )
-    found = with_sets(dataset, probs, thresholds[:, None], state.how, seed=state.seed)
+    found = with_cut_sets(dataset, probs, thresholds[:, None], state.how, seed=state.seed)
     return with_columns(found, {"online_alpha": (levels, Value("float64"))})
 
 

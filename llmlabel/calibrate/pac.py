@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from jaxtyping import Bool, Float
 
 from llmlabel.calibrate.cuts import BUDGETS, Tree, check_family, kept_nodes
 from llmlabel.calibrate.quantile import row_uniforms
-from llmlabel.calibrate.scores import Nonconformity, Score, sets_of, true_scores
+from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
-from llmlabel.data import gold_index, require_columns, with_columns, with_gold
+from llmlabel.calibrate.written import with_cut_sets
+from llmlabel.data import gold_index, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -163,13 +163,7 @@ def predict_pac(dataset: Dataset, labels: LabelSpace, pac: Pac) -> Dataset:
             f"is {labels.fingerprint}; fit it again on gold rows of this one"
         )
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    uniforms = row_uniforms(dataset["id"][:], seed=pac.seed)
-    inside = sets_of(probs, pac.threshold, pac.how, uniforms)
-    rows = np.repeat(np.arange(len(dataset)), np.diff(inside.indptr))
-    own = np.asarray(probs[rows, inside.indices]).ravel() if len(rows) else np.empty(0)
-    ids = inside.indices[np.lexsort((inside.indices, -own, rows))].astype(np.int32)
-    sets = pa.ListArray.from_arrays(pa.array(inside.indptr, pa.int32()), pa.array(ids))
-    return with_columns(dataset, {"set_ids": (sets, List(Value("int32")))})
+    return with_cut_sets(dataset, probs, np.array([[pac.threshold]]), pac.how, seed=pac.seed)
 
 
 # ------------------------------------------------------------------------------------------ trees

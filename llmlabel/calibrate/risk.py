@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array, vstack
 
 from llmlabel.calibrate.bounds import ROUNDING, risk_p_values, rows_needed, upper_bound
 from llmlabel.calibrate.selective import refuse_routed
-from llmlabel.data import gold_index, gold_matrix, require_columns, with_columns, with_gold
+from llmlabel.calibrate.written import with_set_ids
+from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
 
@@ -268,15 +268,16 @@ def said_sets(
             f"{labels.fingerprint}; fit it again on gold rows of this one"
         )
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    rows = np.repeat(np.arange(probs.shape[0]), np.diff(probs.indptr))
-    limits = np.broadcast_to(np.asarray(thresholds), len(labels))[probs.indices]
-    inside = np.flatnonzero((probs.data >= limits) & (probs.data > 0))
-    inside = inside[np.lexsort((-probs.data[inside], rows[inside]))]  # of equal ones, the lower id
-    offsets = np.searchsorted(rows[inside], np.arange(probs.shape[0] + 1))
-    sets = pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(probs.indices[inside], pa.int32())
-    )
-    return with_columns(dataset, {"set_ids": (sets, List(Value("int32")))})
+    limits = np.broadcast_to(np.asarray(thresholds), len(labels))
+
+    def sets(rows: slice) -> csr_array:
+        block = probs[rows]
+        inside = (block.data >= limits[block.indices]) & (block.data > 0)
+        said = csr_array((inside, block.indices, block.indptr), shape=block.shape)
+        said.eliminate_zeros()
+        return said
+
+    return with_set_ids(dataset, probs, sets)
 
 
 # ------------------------------------------------------------------------------------------ input

@@ -17,10 +17,10 @@ from datasets import Dataset, Value
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 
-from llmlabel.calibrate.groups import with_sets
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
@@ -227,7 +227,7 @@ def predict_weighted_sets(
         alpha=fitted.alpha,
     )
     probs = SoftLabels.from_dataset(dataset, labels).probs
-    return with_sets(dataset, probs, limits[:, None], fitted.how, seed=fitted.seed)
+    return with_cut_sets(dataset, probs, limits[:, None], fitted.how, seed=fitted.seed)
 
 
 def weighted_thresholds(

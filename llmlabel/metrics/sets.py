@@ -27,8 +27,8 @@ def covered(sets: Sets | csr_array, gold: LabelIds) -> Bool[np.ndarray, " rows"]
 def set_sizes(sets: Sets | csr_array) -> Int[np.ndarray, " rows"]:
     """Number of labels in each set."""
     if isinstance(sets, csr_array):
-        sizes: np.ndarray = (sets != 0).sum(axis=1)
-        return sizes
+        rows = np.repeat(np.arange(sets.shape[0]), np.diff(sets.indptr))
+        return np.bincount(rows[sets.data != 0], minlength=sets.shape[0])
     return sets.sum(axis=1)
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset, List, Value
 from pydantic import TypeAdapter
 from reference import conformal as reference
 
-from llmlabel.calibrate import conformal
+from llmlabel.calibrate import tuning, written
 from llmlabel.calibrate.conformal import Conformal, calibration_rows, fit_conformal, predict_sets
 from llmlabel.calibrate.p_values import p_values
 from llmlabel.calibrate.quantile import conformal_p_values, conformal_quantile, row_uniforms
@@ -100,7 +100,7 @@ def test_sets_equal_the_twin(seed: int, score: str, monkeypatch: pytest.MonkeyPa
     assert sets.features["set_ids"] == List(Value("int32"))
     assert sets["gold"][:] == new_rows["gold"][:]
 
-    monkeypatch.setattr(conformal, "_BLOCK_CELLS", 35)  # 7 rows a block
+    monkeypatch.setattr(written, "BLOCK_CELLS", 35)  # 7 rows a block
     assert fit_conformal(gold_rows, space(5), alpha=0.2, score=score, seed=seed) == fitted
     assert predict_sets(new_rows, space(5), fitted)["set_ids"][:] == expected
 

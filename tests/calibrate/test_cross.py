@@ -10,7 +10,7 @@ from datasets import Dataset, List, Value
 from reference import conformal as split
 from reference import cross as reference
 
-from llmlabel.calibrate import cross
+from llmlabel.calibrate import written
 from llmlabel.calibrate.conformal import fit_conformal, predict_sets
 from llmlabel.calibrate.cross import (
     CrossConformal,
@@ -122,7 +122,7 @@ def test_sets_equal_the_twin(seed: int, method: Any, monkeypatch: pytest.MonkeyP
     sets = predict_cross_sets(plain, SPACE, fitted, folds=new, method=method)
     assert sets["set_ids"][:] == expected
     assert sets["mine"][:] == list(range(25))
-    monkeypatch.setattr(cross, "_BLOCK_CELLS", 7 * LABELS)
+    monkeypatch.setattr(written, "BLOCK_CELLS", 7 * LABELS)
     assert (
         predict_cross_sets(plain, SPACE, fitted, folds=new, method=method)["set_ids"][:] == expected
     )
@@ -154,7 +154,7 @@ def test_e_values_by_hand() -> None:
 
 def test_scores_on_a_scale() -> None:
     lac = ranged_scores(
-        np.array([-1e-4, 0.0, 0.5, 1.0, np.inf]), Nonconformity(), labels=4, power=2
+        np.array([-1e-4, 0.0, 0.5, 1.0, np.inf]), Nonconformity(), labels=4, power=2.0
     )
     assert lac.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
     margin = ranged_scores(np.array([-1.0, 0.0, 1.0]), Nonconformity("margin"), labels=4, power=1.0)

@@ -17,14 +17,11 @@ from llmlabel.calibrate.diagnostics import (
     size_groups,
     worst_slices,
 )
+from llmlabel.calibrate.drift import Drift, jumper_martingale, monitor_drift, online_p_values
 from llmlabel.calibrate.exchangeability import (
-    Drift,
     Exchangeability,
     check_exchangeability,
     holm,
-    jumper_martingale,
-    monitor_drift,
-    online_p_values,
     permutation_test,
     shares_test,
 )

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from reference import conformal as split
 from reference import groups as reference
 
-from llmlabel.calibrate import groups
+from llmlabel.calibrate import written
 from llmlabel.calibrate.conformal import fit_conformal, predict_sets
 from llmlabel.calibrate.groups import (
     GroupConformal,
@@ -123,7 +123,7 @@ def test_sets_equal_the_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         expected.append(sorted(inside, key=lambda k, row=row: (-row[k], k)))
     sets = predict_group_sets(new, labels, fitted)
     assert sets["set_ids"][:] == expected
-    monkeypatch.setattr(groups, "_BLOCK_CELLS", 60)  # 7 rows a block
+    monkeypatch.setattr(written, "BLOCK_CELLS", 60)  # 7 rows a block
     assert predict_group_sets(new, labels, fitted)["set_ids"][:] == expected
     assert sets.features["set_ids"] == List(Value("int32"))
     assert sets["gold"][:] == new["gold"][:]

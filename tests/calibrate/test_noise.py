@@ -273,7 +273,7 @@ def test_pseudo_labels_of_the_model_itself_are_refused() -> None:
             "must be from 0 to below 0.667, that of labels drawn at random from 3; it ",
         ),
         ({"noise": -0.1}, "must be from 0 to below 0.667"),
-        ({"noise": [[0.5, 0.5], [0.5, 0.5]]}, r"has shape (2, 2), but there are 3 labels"),
+        ({"noise": [[0.5, 0.5], [0.5, 0.5]]}, r"has shape (2, 2), not (3, 3)"),
         (
             {"noise": [[0.5, 0.6, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]},
             "row 0 of the noise matrix is [0.5, 0.6",

@@ -63,7 +63,8 @@ def test_the_curve_equals_the_twin_at_every_threshold(seed: int, risk: Any) -> N
     curve = risk_curve(soft.probs, golds(rows, 6), risk, max_size=2)
     scores = sorted({p for row in probs for p in row if p > 0}, reverse=True)
     assert curve.thresholds.tolist() == [math.inf, *scores]
-    expected = [float(reference.total(risk, probs, rows["gold"], t, 2)) for t in curve.thresholds]
+    gold = rows["gold"][:]
+    expected = [float(reference.total(risk, probs, gold, t, 2)) for t in curve.thresholds]
     assert curve.totals.tolist() == pytest.approx(expected, abs=1e-12)
 
 
@@ -100,11 +101,11 @@ def test_p_values_equal_the_twin(seed: int, bound: str) -> None:
 )
 @SEEDS
 def test_thresholds_equal_the_twin(seed: int, risk: Any, method: Any, alpha: float) -> None:
-    rows, probs = random_rows(seed, 80)
+    rows, probs = random_rows(seed, 50)
     max_size = 2 if risk == "size" else None
     bound = None if method == "crc" else "binomial" if risk == "size" else "hoeffding_bentkus"
     expected = reference.control(
-        risk, probs, rows["gold"], alpha, delta=0.2, bound=bound, max_size=max_size
+        risk, probs, rows["gold"][:], alpha, delta=0.2, bound=bound, max_size=max_size
     )
     if expected is None:
         with pytest.raises(ValueError, match="cannot certify"):
@@ -116,17 +117,17 @@ def test_thresholds_equal_the_twin(seed: int, risk: Any, method: Any, alpha: flo
         rows, space(6), risk=risk, alpha=alpha, method=method, delta=0.2, max_size=max_size
     )
     assert fitted.threshold == expected[0]
-    assert fitted.found == pytest.approx(float(expected[1]) / 80, abs=1e-9)
+    assert fitted.found == pytest.approx(float(expected[1]) / 50, abs=1e-9)
     assert fitted.found <= fitted.upper <= alpha + 1e-9
     sets = predict_risk_sets(rows, space(6), fitted)
     for row, some in zip(probs, sets["set_ids"], strict=True):
         inside = reference.said(row, expected[0])
         assert some == sorted(inside, key=lambda k, row=row: (-row[k], k))
     assert sets.features["set_ids"] == List(Value("int32"))
-    assert fitted.mean_size == sum(len(some) for some in sets["set_ids"]) / 80
+    assert fitted.mean_size == sum(len(some) for some in sets["set_ids"]) / 50
     if seed:
         return
-    order = np.random.default_rng(seed).permutation(80)
+    order = np.random.default_rng(seed).permutation(50)
     again = fit_risk(
         rows.select(order),
         space(6),

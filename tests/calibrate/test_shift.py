@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from reference import groups as reference
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate import groups
+from llmlabel.calibrate import written
 from llmlabel.calibrate.conformal import fit_conformal, predict_sets
 from llmlabel.calibrate.quantile import conformal_quantile
 from llmlabel.calibrate.scores import Nonconformity
@@ -82,7 +82,7 @@ def test_sets_equal_the_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
         expected.append(sorted(inside, key=lambda k, row=row: (-row[k], k)))
     sets = predict_weighted_sets(new, SPACE, fitted)
     assert sets["set_ids"][:] == expected
-    monkeypatch.setattr(groups, "_BLOCK_CELLS", 35)  # 7 rows a block
+    monkeypatch.setattr(written, "BLOCK_CELLS", 35)  # 7 rows a block
     assert predict_weighted_sets(new, SPACE, fitted)["set_ids"][:] == expected
     assert sets.features["set_ids"] == List(Value("int32"))
     assert sets["gold"][:] == new["gold"][:]

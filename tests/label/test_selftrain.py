@@ -237,16 +237,13 @@ def test_a_row_that_the_model_cannot_answer_is_left_out(labels: LabelSpace) -> N
             shy = "n7\n" in chat[-1]["content"] or "n7 " in chat[-1]["content"]
             return [-np.inf, -np.inf] if shy else super()._read(chat)
 
-    engine = Shy()
-    got = label_selftrain(table(), engine, labels, **SMALL)
+    engine, rows = Shy(), table()
+    got = label_selftrain(rows, engine, labels, **SMALL)
     assert got["label_ids"][7] == []
     assert got["error"][7] == "the model gave no label a probability"
     assert sum(error is None for error in got["error"]) == 39
-    asked = [
-        chat
-        for chat in engine.scored
-        if chat[-1]["content"].split()[1:] == [*table()["text"][7].split(), "Label:"]
-    ]
+    words = [*rows["text"][7].split(), "Label:"]
+    asked = [chat for chat in engine.scored if chat[-1]["content"].split()[1:] == words]
     assert len(asked) == 4  # all rows three times, once in another order, in no step or check
     assert not any("n7 " in turn["content"] for chat in engine.scored for turn in chat[1:-1])
 

@@ -293,7 +293,7 @@ def test_20000_children_and_a_chain_of_10000() -> None:
     assert edges_of(star.labels) == [(name, "n0") for name in names[1:]]
     assert told(star) == {"self-loop": [("n0", "n0")]}
     ring = [(number, (number + 1) % 10_000) for number in range(10_000)]
-    for edges in (ring, ring[::-1], [ring[n * 7919 % 10_000] for n in range(10_000)]):
+    for edges in (ring[::-1], [ring[n * 7919 % 10_000] for n in range(10_000)]):
         assert closing_edges(10_000, edges, [1.0] * 10_000) == [9_999]
     chain = clean_labels(names[:10_000], [(names[a], names[b]) for a, b in ring])
     assert told(chain) == {"cycle": [("n9999", "n0")]}

@@ -1,4 +1,4 @@
-"""Twins of `llmlabel.calibrate.exchangeability` and `llmlabel.calibrate.diagnostics`."""
+"""Twins of `llmlabel.calibrate.exchangeability`, `drift` and `diagnostics`."""
 
 import itertools
 import math

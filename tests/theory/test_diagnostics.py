@@ -7,14 +7,8 @@ from scipy.stats import binom, kstest
 
 from llmlabel.calibrate.conformal import conformal_p_values, fit_conformal, predict_sets
 from llmlabel.calibrate.diagnostics import coverage_cells, worst_slices
-from llmlabel.calibrate.exchangeability import (
-    check_exchangeability,
-    jumper_martingale,
-    monitor_drift,
-    online_p_values,
-    permutation_test,
-    shares_test,
-)
+from llmlabel.calibrate.drift import jumper_martingale, monitor_drift, online_p_values
+from llmlabel.calibrate.exchangeability import check_exchangeability, permutation_test, shares_test
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import SoftLabels
@@ -107,7 +101,7 @@ def test_four_tests_together_keep_the_level_and_have_power() -> None:
     def shifted(seed: int, **shift: float) -> bool:
         known, new = two(seed, (120, 100), **shift)
         return check_exchangeability(
-            known, new, LABELS, permutations=99, level=LEVEL, seed=seed
+            known, new, LABELS, permutations=199, level=LEVEL, seed=seed
         ).shifted
 
     assert sum(shifted(seed) for seed in range(RUNS)) <= MOST
@@ -163,5 +157,5 @@ def test_slices_are_named_below_as_rarely_as_said() -> None:
 
     still = [sliced(seed, 0.9) for seed in range(RUNS)]
     assert sum(measured for measured, _ in still) <= MOST
-    assert sum(chosen for _, chosen in still) > 2 * MOST  # what half a search would have said
+    assert sum(chosen for _, chosen in still) > 1.5 * MOST  # what half a search would have said
     assert sum(sliced(seed, 0.6)[0] for seed in range(40)) > 32

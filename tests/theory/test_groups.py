@@ -1,6 +1,7 @@
 """Coverage of each label, group and cluster over many seeded splits, and where it must fail."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -134,6 +135,11 @@ def long_tail(rng: np.random.Generator, gold: np.ndarray, knows: float) -> np.nd
     return softmax(logits)
 
 
+@cache
+def task(seed: int, *, knows: float) -> "Task":
+    return Task(seed, knows=knows)
+
+
 class Task:
     """2000 calibration rows, and 100 test rows of each label, whose frequency is known."""
 
@@ -173,10 +179,10 @@ def test_prevalence_adjusted_sets_reach_the_tail_at_equal_size(knows: float, lea
     gain nothing (macro-coverage .809 against .812) where the model only half knows them.
     """
     for seed in range(10):
-        task = Task(seed, knows=knows)
-        limit = np.array([conformal_quantile(task.scores(), ALPHA)])
-        plain = task.measure(LAC, limit)
-        other = task.measure(task.adjusted, task.limit_of_size(task.adjusted, plain["size"]))
+        one = task(seed, knows=knows)
+        limit = np.array([conformal_quantile(one.scores(), ALPHA)])
+        plain = one.measure(LAC, limit)
+        other = one.measure(one.adjusted, one.limit_of_size(one.adjusted, plain["size"]))
         assert plain["covered"] == pytest.approx(0.9, abs=0.03)
         assert other["size"] == pytest.approx(plain["size"], rel=0.05)
         assert other["macro"] > plain["macro"] + least
@@ -186,12 +192,12 @@ def test_prevalence_adjusted_sets_reach_the_tail_at_equal_size(knows: float, lea
 def test_interpolated_thresholds_reach_the_tail_step_by_step() -> None:
     """And miss at most 2 alpha of all rows, though no threshold is fitted for all."""
     for seed in range(10):
-        task = Task(seed, knows=1.0)
-        scores = task.scores()
+        one = task(seed, knows=1.0)
+        scores = one.scores()
         marginal = conformal_quantile(scores, ALPHA)
-        own = grouped_quantiles(scores, task.gold, groups=LABELS, alpha=ALPHA)
+        own = grouped_quantiles(scores, one.gold, groups=LABELS, alpha=ALPHA)
         steps = [
-            task.measure(LAC, interpolated(own, marginal, tau=tau, scores=scores))
+            one.measure(LAC, interpolated(own, marginal, tau=tau, scores=scores))
             for tau in (0.0, 0.5, 0.9, 0.99)
         ]
         assert [step["macro"] for step in steps] == sorted(step["macro"] for step in steps)

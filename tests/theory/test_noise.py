@@ -154,6 +154,6 @@ def test_tables_and_the_bound_of_gold_rows(*, second: bool) -> None:
         scores = true_scores(probs[ROWS:], gold[ROWS:], Nonconformity(), np.zeros(TEST))
         corrected.append((scores <= fitted.threshold).mean())
         below += corrected[-1] < fitted.guaranteed
-        assert fitted.guaranteed > 0.7
+        assert fitted.guaranteed > 0.6
     assert below <= 60 * DELTA
     assert (abs(np.mean(corrected) - 0.9) < 0.01) != second

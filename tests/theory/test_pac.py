@@ -39,7 +39,7 @@ def population(seed: int, *, honest: bool) -> tuple[list[Tree], list[set[str]]]:
     """Trees whose nodes are right as often as their costs say, or half as often."""
     rng = np.random.default_rng(seed)
     trees, gold = [], []
-    for _ in range(600):
+    for _ in range(300):
         parents, line = [-1], [0]
         for node in range(1, int(rng.integers(2, 9))):
             line = line[: int(rng.integers(1, len(line) + 1))]

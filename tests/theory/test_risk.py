@@ -177,7 +177,8 @@ def true_error(threshold: float) -> float:
     return float(wrong[kept].mean()) if kept.any() else 0.0
 
 
-def draws(*, routed: bool = False) -> list[np.ndarray]:
+@cache
+def draws(*, routed: bool) -> list[np.ndarray]:
     """Row numbers of each resample; those that a person answered are the ones found right."""
     _, wrong = answers()
     weight = np.where(wrong & routed, 0.4, 1.0)
