@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
-from llmlabel.calibrate.conformal import conformal_quantile, fit_conformal, predict_sets
+from llmlabel.calibrate.conformal import fit_conformal, predict_sets
 from llmlabel.calibrate.p_values import p_values
 from llmlabel.calibrate.pac import allowed_errors, fit_pac_tree, predict_tree
+from llmlabel.calibrate.quantile import conformal_quantile
 from llmlabel.calibrate.scores import Nonconformity, block_scores
 from llmlabel.calibrate.trees import (
     add_nodes,

@@ -18,7 +18,7 @@ import numpy as np
 import sets_protocol
 from protocol import forget_peak, peak_mib
 
-from llmlabel.calibrate.conformal import conformal_quantile
+from llmlabel.calibrate.quantile import conformal_quantile
 from llmlabel.calibrate.scores import Nonconformity, sets_of, true_scores
 from llmlabel.calibrate.streams import scores_of_blocks, sets_of_blocks
 from llmlabel.metrics import coverage, set_size
