@@ -96,18 +96,16 @@ def render(
     # Kept by content, since a list may change between two calls; 1 and true would be the same.
     is_plain = all(type(value) is str for value in values.values())
     template, shared, system, tail, reply = (_shared if is_plain else _shared.__wrapped__)(*asked)
-
-    def turn(text: str) -> str:
-        return _block(path, template, "user", {**shared, "text": text})
-
     chat: Chat = []
     if system:
         chat.append({"role": "system", "content": system})
     for shown in demonstrations:
-        chat.append({"role": "user", "content": turn(shown["text"])})
+        content = _block(path, template, "user", {**shared, "text": shown["text"]})
+        chat.append({"role": "user", "content": content})
         answer = shown["label"] if reply is None else reply.lead + shown["label"] + str(reply.after)
         chat.append({"role": "assistant", "content": answer})
-    chat.append({"role": "user", "content": turn(text), "tail": tail})
+    content = _block(path, template, "user", {**shared, "text": text})
+    chat.append({"role": "user", "content": content, "tail": tail})
     if reply is not None:
         chat.append({"role": "assistant", "content": reply.lead, "after": str(reply.after)})
     return chat
@@ -251,6 +249,13 @@ def reply_surroundings(tokenizer: Any, form: ReplyForm = ReplyForm()) -> tuple[s
     return start + begun, gap, after if form.after is None else form.after
 
 
+def _ids(tokenizer: Any, messages: list[dict[str, str]], last: str, begun: str) -> list[int]:
+    """Of a chat whose last turn says `last`, and of the reply that is begun."""
+    turns = [*messages[:-1], {**messages[-1], "content": last}]
+    text = chat_text(tokenizer, turns) + begun
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[int], str | None]:
     """Token ids of a chat up to the start of the reply, at most `max_tokens` of them.
 
@@ -268,17 +273,9 @@ def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[in
     messages = [
         {"role": m["role"], "content": escape_control_tokens(m["content"], control)} for m in turns
     ]
-    begun, start = (
-        reply_surroundings(tokenizer, reply_form([chat]))[0],
-        reply_surroundings(tokenizer)[0],
-    )
-
-    def tokens(kept: str) -> list[int]:
-        messages[-1]["content"] = kept + end
-        text = chat_text(tokenizer, messages) + begun[len(start) :]
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    ids = tokens(body)
+    begun = reply_surroundings(tokenizer, reply_form([chat]))[0]
+    begun = begun[len(reply_surroundings(tokenizer)[0]) :]
+    ids = _ids(tokenizer, messages, body + end, begun)
     whole = len(ids)
     if whole <= max_tokens:
         return ids, None
@@ -287,7 +284,8 @@ def chat_tokens(tokenizer: Any, chat: Chat, *, max_tokens: int) -> tuple[list[in
     keep = len(starts)
     while len(ids) > max_tokens and keep > 0:
         keep = max(0, keep - (len(ids) - max_tokens))
-        ids = tokens(body[: starts[keep]] if keep < len(starts) else body)
+        kept = body[: starts[keep]] if keep < len(starts) else body
+        ids = _ids(tokenizer, messages, kept + end, begun)
     if len(ids) > max_tokens:
         raise ValueError(
             f"the prompt without its text already exceeds {max_tokens} tokens: "

@@ -46,6 +46,7 @@ HOSTILE = [
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with two texts and three labels; what the command line sets is undone."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow, and no machine crashes here
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "error")
     for name in ("HF_HUB", "HF_DATASETS"):

@@ -62,6 +62,7 @@ def slow(seconds: float) -> int:
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the package `shop`; what the command line sets in a process is undone."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow, and no machine crashes here
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "steps.py").write_text(STEPS)
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):

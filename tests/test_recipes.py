@@ -25,6 +25,7 @@ FAKE = ["engine={call: llmlabel.engine.fake.FakeEngine}"]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -> Path:
     """A folder with everything the shipped recipes read, as the working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # slow, and no machine crashes here
     labels = load_labels(["cat", "money", "mat"])
     Path("labels.yaml").write_text("[cat, money, mat]\n")
     texts = [f"{labels.names[i % 3]} number {i}" for i in range(60)]
@@ -128,6 +129,21 @@ def overrides(name: str, tiny_encoder: Path, tiny_decoder: Path) -> list[str]:
             *students("student"),
         ],
         "ls_unllama_ner": [f"student.model={tiny_decoder}", *students("student")],
+        "pac": [
+            *news,
+            "tree.source=[{id: thing}, {id: cat, parent: thing}, {id: mat, parent: thing}, "
+            "{id: money}]",
+            "texts.shares={gold: 0.7, test: 0.3}",
+        ],
+        "powerset": [
+            *("texts.path=gold.jsonl", "texts.gold=label", f"minilm={tiny_encoder}"),
+            *students("student"),
+        ],
+        "route": [
+            *news,
+            "texts.shares={scaling: 0.3, gold: 0.5, test: 0.2}",
+            *("selective.target=0.9", "routed.audit=0.5", "budget.people=3"),
+        ],
         "patent_sdg": [*news, *FAKE, "texts.shares={known: 0.5, test: 0.4, left: 0.1}"],
         "ptec": [
             *FAKE,
@@ -227,13 +243,16 @@ def test_all_recipes_are_found() -> None:
         "missing_labels",
         "ontology",
         "otseq2set",
+        "pac",
         "patent_sdg",
+        "powerset",
         "pruning",
         "ps_ttl",
         "ptec",
         "quickstart",
         "rad",
         "report",
+        "route",
         "salt",
         "selftrain",
         "singular_kernel",

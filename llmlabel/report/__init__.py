@@ -17,13 +17,16 @@ from datasets import Dataset
 
 from llmlabel import select
 from llmlabel.calibrate.conformal import Conformal
+from llmlabel.calibrate.diagnostics import Slice
+from llmlabel.calibrate.drift import Drift
+from llmlabel.calibrate.exchangeability import Exchangeability
 from llmlabel.calibrate.groups import GroupConformal
 from llmlabel.files import arrow_table, commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
 from llmlabel.report.measure import values_of
 from llmlabel.report.memorised import memorised, most_suspicious
-from llmlabel.report.sets import fitted, prediction_sets
+from llmlabel.report.sets import fitted, monitored, prediction_sets
 from llmlabel.report.taxonomy import costs, hierarchy, rounds
 from llmlabel.report.voters import who_voted
 from llmlabel.taxonomy.induce import Taxonomy
@@ -52,6 +55,9 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     model: Path | None = None,
     taxonomy: Taxonomy | list[dict[str, Any]] | None = None,
     suspects: Dataset | None = None,
+    slices: tuple[Slice, ...] | None = None,
+    drift: Drift | None = None,
+    shift: Exchangeability | None = None,
     review_rows: int = 25,
 ) -> dict[str, Any]:
     """Measures every source and writes `report.json` and `report.html` into `output`.
@@ -73,6 +79,10 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         taxonomy: How the labels were found, or its `history`; every round is shown.
         suspects: What `llmlabel.train.memorisation.find_memorised` gave of the training rows; gold,
             where they have it, measures only how often the suspicion is right.
+        slices: What `llmlabel.calibrate.diagnostics.worst_slices` found, shown with the sets.
+        drift: What `llmlabel.calibrate.drift.monitor_drift` saw, shown with the sets.
+        shift: What `llmlabel.calibrate.exchangeability.check_exchangeability` found, shown with the
+            sets.
         review_rows: How many of the most uncertain rows are listed, and of the most suspicious.
 
     Returns:
@@ -80,7 +90,8 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
 
     Raises:
         ValueError: No sources, a name that is no source, tables of different rows, a split without
-            rows, or a conformal predictor of another label space.
+            rows, something of another label space, or slices, drift or shift of a student without
+            sets.
     """
     if conformal is not None and conformal.label_space != labels.fingerprint:
         raise ValueError(
@@ -96,7 +107,9 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     report: dict[str, Any] = {
         "summary": {},
         "sources": {name: measure.measure(run, name) for name in run.tables},
-        "coverage": prediction_sets(run),
+        "coverage": monitored(
+            prediction_sets(run), labels, slices=slices, drift=drift, shift=shift
+        ),
         "confusion": measure.confusion(run, student),
         "confusions": {
             name: measure.confusion(run, name)

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from llmlabel.labelspace.show import printable, tree_html
+from llmlabel.labelspace.show import tree_html
 from llmlabel.refine.votes import FEW
 from llmlabel.report import matrices, plots
 from llmlabel.report import sets as prediction_sets
 from llmlabel.report.measure import Run, names_of
 from llmlabel.report.taxonomy import score_series
+from llmlabel.report.template import environment, percent
 
 MOST_MESSAGES = 20
 MOST_LISTED_LABELS = 200
@@ -41,74 +42,53 @@ def render(
     title: str,
 ) -> str:
     """The page as text; all but the run holds plain JSON values."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("llmlabel", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "decimals": lambda number, places: f"{number:.{places}f}",
-        "count": lambda number: f"{number:,}",
-    }
     bias = report["label_bias"]
     provenance = report["provenance"]
-    return environment.get_template("page.html.jinja").render(
-        title=title,
-        student=run.student,
-        multilabel=run.labels.multilabel,
-        headline=_headline(run, report),
-        key=_key_facts(run, report),
-        all_rows=len(run.table),
-        labels=len(run.labels),
-        rows=len(run.measured),
-        split=run.split,
-        gold_rows=len(run.rows),
-        befores=run.befores,
-        columns={key: _COLUMNS[key] for key in _COLUMNS if key in report["sources"][run.student]},
-        left_out=run.left_out,
-        lines_shown=len(run.lines) - 1,
-        line_names=bias["labels"],
-        errors=_errors(report),
-        most_messages=MOST_MESSAGES,
-        label_list=provenance["labels"][:MOST_LISTED_LABELS],
-        labels_left_out=max(0, len(run.labels) - MOST_LISTED_LABELS),
-        card=list(_flat(provenance["model_card"] or {})),
-        hierarchy=report.get("hierarchy"),
-        tree=_tree(run, report),
-        costs=report.get("costs"),
-        voters=report.get("voters"),
-        few=FEW,
-        few_compared=prediction_sets.FEW,
-        between=_between,
-        disagreements=disagreements,
-        most_names=MOST_NAMES,
-        label_names=dict(zip(run.labels.ids, names_of(run.labels), strict=True)),
-        memorised=report.get("memorised"),
-        suspicious=suspicious,
-        rounds=report.get("taxonomy"),
-        most_rounds=MOST_ROUNDS,
-        report=report,
-        review=review,
-        figures=_figures(run, report),
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=title,
+            student=run.student,
+            multilabel=run.labels.multilabel,
+            headline=_headline(run, report),
+            key=_key_facts(run, report),
+            all_rows=len(run.table),
+            labels=len(run.labels),
+            rows=len(run.measured),
+            split=run.split,
+            gold_rows=len(run.rows),
+            befores=run.befores,
+            columns={
+                key: _COLUMNS[key] for key in _COLUMNS if key in report["sources"][run.student]
+            },
+            left_out=run.left_out,
+            lines_shown=len(run.lines) - 1,
+            line_names=bias["labels"],
+            errors=_errors(report),
+            most_messages=MOST_MESSAGES,
+            label_list=provenance["labels"][:MOST_LISTED_LABELS],
+            labels_left_out=max(0, len(run.labels) - MOST_LISTED_LABELS),
+            card=list(_flat(provenance["model_card"] or {})),
+            hierarchy=report.get("hierarchy"),
+            tree=_tree(run, report),
+            costs=report.get("costs"),
+            voters=report.get("voters"),
+            few=FEW,
+            few_compared=prediction_sets.FEW,
+            between=_between,
+            disagreements=disagreements,
+            most_names=MOST_NAMES,
+            label_names=dict(zip(run.labels.ids, names_of(run.labels), strict=True)),
+            memorised=report.get("memorised"),
+            suspicious=suspicious,
+            rounds=report.get("taxonomy"),
+            most_rounds=MOST_ROUNDS,
+            report=report,
+            review=review,
+            figures=_figures(run, report),
+        )
     )
-
-
-def percent(share: float) -> str:
-    """With one decimal and a thin space."""
-    return f"{100 * share:.1f}\u202f%"
-
-
-def _clean(value: Any) -> Any:
-    """Every value that enters the page; escaping follows. Markup is what a macro made of them."""
-    from markupsafe import Markup
-
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return printable(value)
-    return value
 
 
 def _headline(run: Run, report: dict[str, Any]) -> list[tuple[str, bool]]:

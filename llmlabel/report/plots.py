@@ -297,6 +297,57 @@ def scores(series: Sequence[Sequence[float]]) -> str:
     return svg(draw, width=4.6, height=2.4)
 
 
+def windows(
+    values: Sequence[float], alarms: Sequence[bool], *, quantity: str, expected: float | None
+) -> str:
+    """A line over the windows of a stream; a hollow diamond where one raised an alarm."""
+
+    def draw(axes: Any) -> None:
+        at = np.arange(1, len(values) + 1)
+        if expected is not None:
+            axes.axhline(expected, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot(at, values, color=ACCENT, lw=1.4, marker="o" if len(at) <= 60 else "", ms=3.5)
+        over = np.array(alarms, dtype=bool)
+        look = {"markerfacecolor": "white", "markersize": 7, "clip_on": False, "zorder": 3}
+        axes.plot(at[over], np.array(values)[over], "D", color=ACCENT, **look)
+        axes.set(xlabel="window", ylabel=quantity, xlim=(0.5, len(at) + 0.5))
+        axes.set_ylim(0, 1.15 * max(*values, expected or 0.0, 0.01))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=True)
+        if expected is not None:
+            _percent(axes.yaxis)
+
+    return svg(draw, width=3.7, height=2.3)
+
+
+def wealth(bets: dict[str, float], *, alarm: float) -> str:
+    """A bar for each bet, the logarithm to base 10 of the most it made; a line where the alarm is."""
+
+    def told(power: float) -> str:
+        whole = int(power)
+        return f"{10**power:,.0f}" if power < 5 else f"{10 ** (power - whole):.2g}e{whole}"
+
+    def draw(axes: Any) -> None:
+        at = np.arange(len(bets))
+        axes.barh(at, list(bets.values()), height=0.5, color=ACCENT, alpha=0.8)
+        axes.axvline(alarm, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        top = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(f"alarm at {told(alarm)}", (alarm, 1), (0, 3), ha="center", **top)
+        for y, value in enumerate(bets.values()):
+            over = {"color": INK, "weight": "bold" if value >= alarm else "normal"}
+            words = f"{told(value)}{' alarm' if value >= alarm else ''}"
+            side = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(words, (1, y), (8, 0), va="center", **side, **over)
+        axes.set(xlim=(0, 1.05 * max(alarm, *bets.values())), ylim=(len(bets) - 0.5, -0.6))
+        axes.set_yticks(at, drawables(list(bets), "bet"))
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        axes.xaxis.set_major_formatter(lambda power, _: told(power))
+        axes.set_xlabel("the most that a bet made of 1")
+
+    return svg(draw, width=4.4, height=0.95 + 0.32 * len(bets))
+
+
 def drawable(name: str, otherwise: str, *, characters: int = NAME_CHARACTERS) -> str:
     """The name on one line, shortened, or `otherwise` where the font lacks one of its characters."""
     from matplotlib.font_manager import findfont, get_font

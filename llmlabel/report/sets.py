@@ -13,23 +13,28 @@ from llmlabel import metrics
 from llmlabel.calibrate.conformal import Conformal, calibration_rows
 from llmlabel.calibrate.diagnostics import (
     Cell,
+    Slice,
     confidence_groups,
     coverage_cells,
     size_groups,
 )
-from llmlabel.calibrate.exchangeability import permutation_test
+from llmlabel.calibrate.drift import Drift
+from llmlabel.calibrate.exchangeability import Exchangeability, permutation_test
 from llmlabel.calibrate.groups import GroupConformal
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
+from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure
 from llmlabel.report.measure import MOST_LABELS, NO_LABEL, Run, values_of
-from llmlabel.report.plots import ACCENT, INK, MUTED, RULE, drawables, svg
+from llmlabel.report.plots import ACCENT, INK, MUTED, RULE, drawables, svg, wealth, windows
 
 FEW = 20
 """With fewer rows nothing is compared."""
 
 _LONG = ("scores", "row_marks", "prior", "thresholds")
 """One value a row or a label."""
+
+_BETS = {"probability": "largest probability", "true_score": "score of true label"}
 
 
 def prediction_sets(run: Run) -> dict[str, Any] | None:
@@ -59,6 +64,47 @@ def prediction_sets(run: Run) -> dict[str, Any] | None:
     return result
 
 
+def monitored(
+    sets: dict[str, Any] | None,
+    labels: LabelSpace,
+    *,
+    slices: tuple[Slice, ...] | None,
+    drift: Drift | None,
+    shift: Exchangeability | None,
+) -> dict[str, Any] | None:
+    """`prediction_sets` and what was found of rows that break the promise; only what is given."""
+    given = {"slices": slices, "drift": drift, "shift": shift}
+    names = [name for name, one in given.items() if one is not None]
+    if sets is None and names:
+        raise ValueError(
+            f"{', '.join(names)}: the student has no prediction sets to show this with (column "
+            "set_ids); predict them, or leave it out"
+        )
+    for name, one in (("drift", drift), ("shift", shift)):
+        if one is not None and one.label_space != labels.fingerprint:
+            raise ValueError(
+                f"{name} is of label space {one.label_space}, the labels given are "
+                f"{labels.fingerprint}; monitor rows of this label space"
+            )
+    found = dict(sets or {})
+    if slices is not None:
+        found["slices"] = [
+            {"column": one.column, "value": one.value}
+            | {"found": _row(one.found), "measured": _row(one.measured)}
+            for one in slices
+        ]
+    if drift is not None:
+        stretches = [{"number": at, **asdict(one)} for at, one in enumerate(drift.windows, start=1)]
+        found["drift"] = asdict(drift) | {
+            "windows": stretches,
+            "drifted": drift.drifted,
+            "wealth_of_alarm": math.log10(2 * len(drift.wealth) / drift.level),
+        }
+    if shift is not None:
+        found["shift"] = asdict(shift) | {"shifted": shift.shifted}
+    return None if sets is None else found
+
+
 def fitted(conformal: Conformal | GroupConformal) -> dict[str, Any]:
     """How the sets were made, without what is as long as the data."""
     fields = asdict(conformal)
@@ -83,6 +129,43 @@ def figures(sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "src": dots(rows, target=sets["target"]),
                 "alt": f"Coverage by {of}: {words}.",
             }
+    return found | _slice_figure(sets) | _drift_figures(sets.get("drift"))
+
+
+def _slice_figure(sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if not sets.get("slices"):
+        return {}
+    rows = {f"{one['column']}={one['value']}": one["measured"] for one in sets["slices"]}
+    words = "; ".join(f"{name} {100 * row['coverage']:.1f} %" for name, row in rows.items())
+    source = dots(rows, target=sets["target"])
+    return {"worst slices": {"src": source, "alt": f"Measured coverage of slices: {words}."}}
+
+
+def _drift_figures(drift: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The windows in their order, and what each bet made at most."""
+    if drift is None:
+        return {}
+    seen, found = drift["windows"], {}
+    alarms = [one["alarm"] for one in seen]
+    numbers = ", ".join(str(one["number"]) for one in seen if one["alarm"]) or "none"
+    for key, quantity, level in (
+        ("small_p_values", "share of small p-values", drift["alpha"]),
+        ("mean_set_size", "mean set size", None),
+    ):
+        values = [one[key] for one in seen]
+        if None not in values:
+            found[f"drift {key}"] = {
+                "src": windows(values, alarms, quantity=quantity, expected=level),
+                "alt": f"{quantity} in {len(seen)} windows: {min(values):.3g} to "
+                f"{max(values):.3g}; windows with an alarm: {numbers}.",
+            }
+    bets = {_BETS.get(name, name): value for name, value in drift["wealth"].items()}
+    found["drift wealth"] = {
+        "src": wealth(bets, alarm=drift["wealth_of_alarm"]),
+        "alt": "The most that a bet made of 1, as a power of ten: "
+        + "; ".join(f"{name} {value:.2f}" for name, value in bets.items())
+        + f"; an alarm at {drift['wealth_of_alarm']:.2f}.",
+    }
     return found
 
 

@@ -50,6 +50,11 @@ def words_of(
     return trimmed
 
 
+def _rank(span: Mapping[str, Any]) -> tuple[float, int, int, int]:
+    """More probable, longer, earlier."""
+    return (-prob_of(span), span["start"] - span["end"], span["start"], span["label_id"])
+
+
 def tags_of(
     spans: Sequence[Mapping[str, Any]], words: Sequence[Word], *, labels: int
 ) -> Float[np.ndarray, "words tags"]:
@@ -67,11 +72,7 @@ def tags_of(
     found = np.zeros((len(words), 2 * labels + 1))
     found[:, 0] = 1.0
     taken = np.zeros(len(words), dtype=bool)
-
-    def rank(span: Mapping[str, Any]) -> tuple[float, int, int, int]:
-        return (-prob_of(span), span["start"] - span["end"], span["start"], span["label_id"])
-
-    for span in sorted(spans, key=rank):
+    for span in sorted(spans, key=_rank):
         begins = True
         for at, word in enumerate(words):
             if word.end <= span["start"] or word.start >= span["end"]:

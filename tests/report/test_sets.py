@@ -22,15 +22,20 @@ from report.pages import (
 )
 
 from llmlabel.calibrate.conformal import Conformal, fit_conformal, predict_sets
+from llmlabel.calibrate.diagnostics import worst_slices
+from llmlabel.calibrate.drift import monitor_drift
+from llmlabel.calibrate.exchangeability import check_exchangeability
 from llmlabel.calibrate.groups import (
     GroupConformal,
     fit_class_conformal,
     fit_group_conformal,
     predict_group_sets,
 )
-from llmlabel.data import with_columns
+from llmlabel.data import save, with_columns
 from llmlabel.labelspace import LabelSpace
+from llmlabel.recipe import load_recipe, run
 from llmlabel.report import write_report
+from llmlabel.report.plots import wealth, windows
 from llmlabel.report.sets import dots
 from llmlabel.softlabels import SoftLabels
 
@@ -227,3 +232,163 @@ def test_duplicate_ids_in_a_set_count_once(tmp_path: Path) -> None:
         sources["student"], {"set_ids": lists([[0, 0], [1], [], [0, 1], [0], [2]])}
     )
     assert report_of(tmp_path, sources)[0]["coverage"]["by_size"]["1"]["rows"] == 2
+
+
+def watched(
+    tmp_path: Path, *, noise: float = 1.0, source: str = "mail"
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Report, page and what it was given: 200 gold rows, 400 later ones of which half have noise."""
+    known, calm = rows_of(1, 200, name="gold"), rows_of(2, 200, name="calm")
+    late = concatenate_datasets([calm, rows_of(3, 200, name=source, noise=noise)])
+    conformal = fit_conformal(known, LABELS, alpha=0.1)
+    known, late = (predict_sets(rows, LABELS, conformal) for rows in (known, late))
+    given = {
+        "slices": worst_slices(late, LABELS, columns=("split",), words="leave out"),
+        "drift": monitor_drift(late, LABELS, calibration=known, window=50),
+        "shift": check_exchangeability(known, late, LABELS),
+    }
+    output = tmp_path / "report"
+    arguments = {"student": "student", "conformal": conformal, "split": None, "output": output}
+    report = write_report({"student": late}, LABELS, **arguments, **given)
+    return report, (output / "report.html").read_text("utf-8"), given
+
+
+def test_slices_drift_and_shift_are_shown(tmp_path: Path) -> None:
+    report, html, given = watched(tmp_path, noise=3.0)
+    sets, told = report["coverage"], section(html, "sets")
+    worst, drift = given["slices"][0], given["drift"]
+    assert worst.measured.below
+    assert sets["slices"][0]["value"] == "mail"
+    assert sets["slices"][0]["measured"]["covered"] == worst.measured.covered
+    line = f"split = mail {100 * worst.found.coverage:.1f} % {worst.measured.rows} "
+    assert line + f"{worst.measured.covered} {100 * worst.measured.coverage:.1f} %" in told
+    assert f"to {100 * worst.measured.high:.1f} % {worst.measured.set_size:.2f} surely" in told
+    assert f"{given['slices'][1].measured.set_size:.2f} not shown" in told
+
+    numbers = [at for at, one in enumerate(drift.windows, start=1) if one.alarm]
+    assert numbers
+    assert min(numbers) > 4  # the first four are calm
+    assert [one["number"] for one in sets["drift"]["windows"] if one["alarm"]] == numbers
+    ends = f"({50 * numbers[0] - 50} to {50 * numbers[0] - 1})"
+    assert f"Alarm: {len(numbers)} of 8 windows differ from the gold rows, the first" in told
+    assert f"window {numbers[0]} {ends}" in told
+    first = drift.windows[numbers[0] - 1]
+    line = f"{numbers[0]} yes {first.first} to {first.last} 50 {100 * first.small_p_values:.1f} %"
+    assert f"{line} {first.mean_set_size:.2f} {first.label} " in told
+    assert drift.alarms
+    for row in drift.alarms.values():
+        assert f"raised its alarm at the row {row}" in told
+    assert sets["drift"]["wealth_of_alarm"] == pytest.approx(math.log10(80))  # two bets, 5 %
+    assert f"8 windows: {min(one.small_p_values for one in drift.windows):.3g} to" in html
+    listed = ", ".join(map(str, numbers))
+    assert html.count(f"windows with an alarm: {listed}.") == 2
+
+    assert "No: at least one test says that the 400 new rows and the 200 gold rows are not" in told
+    test = next(one for one in given["shift"].tests if one.of == "true_score")
+    line = (
+        f"score of the true label 400 {test.statistic:.3f} {test.p_value:.2g} {test.adjusted:.2g}"
+    )
+    assert f"{line} yes" in told
+    assert sets["shift"]["shifted"] is True
+    assert [one["of"] for one in sets["shift"]["tests"]] == [one.of for one in given["shift"].tests]
+
+
+def test_calm_rows_raise_no_alarm(tmp_path: Path) -> None:
+    report, html, _ = watched(tmp_path)
+    told = section(html, "sets")
+    assert "No alarm: no window and no bet says" in told
+    assert "No sign against it: no test tells the 400 new rows from the 200 gold rows" in told
+    assert html.count("windows with an alarm: none.") == 2
+    assert (report["coverage"]["drift"]["drifted"], "surely below" in told) == (False, True)
+
+
+def test_only_what_is_given_is_shown(tmp_path: Path) -> None:
+    report, html = report_of(tmp_path)
+    assert not {"slices", "drift", "shift"} & set(report["coverage"])
+    for words in ("missed most", "like the gold rows?", "Drift along", "Bets against"):
+        assert words not in html
+    report, html = report_of(tmp_path, slices=())
+    assert report["coverage"]["slices"] == []
+    assert "None had rows in both halves" in section(html, "sets")
+
+
+def test_hostile_slices_and_windows_are_text(tmp_path: Path) -> None:
+    _, _, given = watched(tmp_path / "a", noise=3.0)
+    window = dataclasses.replace(given["drift"].windows[-1], first=HOSTILE, last=HOSTILE * 9)
+    _, html = report_of(
+        tmp_path,
+        slices=(dataclasses.replace(given["slices"][0], column=HOSTILE, value=HOSTILE * 9),),
+        drift=dataclasses.replace(
+            given["drift"], windows=(window,) * 101, alarms={"probability": HOSTILE}
+        ),
+    )
+    tags = Tags(html)
+    assert "script" not in tags.tags
+    assert not [name for name in tags.attributes if name.startswith("on")]
+    assert "x" not in tags.addresses
+    assert "\u202e" not in html
+    told = section(html, "sets")
+    assert told.count("&lt;img src=x") < 300  # each is cut
+    assert "Windows with an alarm as a table" in told
+
+
+def test_what_cannot_be_shown_with_the_sets_is_refused(tmp_path: Path) -> None:
+    _, _, given = watched(tmp_path / "a")
+    sources = example()
+    with pytest.raises(ValueError, match="slices, drift: the student has no prediction sets"):
+        report_of(
+            tmp_path,
+            sources | {"student": sources["student"].remove_columns("set_ids")},
+            slices=given["slices"],
+            drift=given["drift"],
+        )
+    for name in ("drift", "shift"):
+        other = dataclasses.replace(given[name], label_space="other")
+        with pytest.raises(ValueError, match=f"{name} is of label space other"):
+            report_of(tmp_path, **{name: other})
+
+
+def test_alarms_of_windows_and_bets_are_marked() -> None:
+    drawn = {
+        alarm: svg(windows([0.1, 0.4], [False, alarm], quantity="share", expected=0.1))
+        for alarm in (False, True)
+    }
+    assert ["fill: #ffffff" in drawn[alarm] for alarm in (False, True)] == [False, True]
+    quiet, loud = (svg(wealth({"bet": most}, alarm=1.6)) for most in (1.5, 1.7))
+    assert "DejaVuSans-Bold" in loud
+    assert "DejaVuSans-Bold" not in quiet
+
+
+RECIPE = """
+labels: {call: llmlabel.labelspace.load_labels, source: [alpha, beta, gamma]}
+known: {call: llmlabel.data.load, path: KNOWN}
+late: {call: llmlabel.data.load, path: LATE}
+worst: {call: llmlabel.calibrate.diagnostics.worst_slices, dataset: "${late}", labels: "${labels}", columns: [source], words: leave out}
+drift: {call: llmlabel.calibrate.drift.monitor_drift, new: "${late}", labels: "${labels}", calibration: "${known}"}
+shift: {call: llmlabel.calibrate.exchangeability.check_exchangeability, calibration: "${known}", new: "${late}", labels: "${labels}"}
+report:
+  call: llmlabel.report.write_report
+  sources: {student: "${late}"}
+  labels: ${labels}
+  student: student
+  split: null
+  slices: ${worst}
+  drift: ${drift}
+  shift: ${shift}
+"""
+
+
+def test_a_recipe_passes_them_on(tmp_path: Path) -> None:
+    sets, _ = fitted(noise=3.0)
+    text = RECIPE
+    for name, rows in (("KNOWN", range(200)), ("LATE", range(200, 500))):
+        path = save(sets.select(rows), output=tmp_path / f"{name}.parquet")
+        text = text.replace(name, str(path))
+    (tmp_path / "watch.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "watch.yaml")
+    report = run(recipe, output=tmp_path / "runs")["report"]
+    coverage = report["coverage"]
+    assert (len(coverage["slices"]), coverage["slices"][0]["column"]) == (2, "source")
+    assert (coverage["drift"]["drifted"], coverage["shift"]["shifted"]) == (True, True)
+    told = section((tmp_path / "runs/watch/report/report.html").read_text("utf-8"), "sets")
+    assert "Alarm:" in told
