@@ -1,12 +1,16 @@
 """Quantiles of the scores of many groups at once, and labels that are alike by their scores."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 
 from llmlabel.calibrate.quantile import fewest_scores
+from llmlabel.data import require_columns
+from llmlabel.files import arrow_table
 
 Scores = Float[np.ndarray, " rows"]
 GroupOfRow = Int[np.ndarray, " rows"]
@@ -75,6 +79,25 @@ def grouped_quantiles(
 def counts_of(group: GroupOfRow, groups: int) -> Int[np.ndarray, " groups"]:
     """How many rows each group has."""
     return np.bincount(group[group >= 0], minlength=groups)
+
+
+def interpolated(
+    thresholds: Float[np.ndarray, " groups"], marginal: float, *, tau: float, scores: Scores
+) -> Float[np.ndarray, " groups"]:
+    """The sum of tau x threshold and (1 - tau) x marginal; infinity is the largest finite score."""
+    largest = scores[np.isfinite(scores)].max(initial=-np.inf)
+    own = np.where(np.isinf(thresholds) & np.isfinite(largest), largest, thresholds)
+    return own if tau == 1 else tau * own + (1 - tau) * marginal
+
+
+def group_values(dataset: Dataset, column: str) -> list[str | None]:
+    """The groups of the rows as text; None where a row has none."""
+    require_columns(dataset, column)
+    kind = str(arrow_table(dataset.select_columns([column]))[column].type)
+    if not re.fullmatch(r"(large_)?string(_view)?|u?int\d+|bool|null", kind):
+        text = "groups are strings, whole numbers or truth values"
+        raise ValueError(f"column {column!r} holds {kind}; {text}")
+    return [None if value is None else str(value) for value in dataset[column][:]]
 
 
 def _by_group(

@@ -11,7 +11,16 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.provenance import data_sha, engines_of, row_marks, same_rows
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    one_of,
+    row_marks,
+    same_rows,
+    shared_rows,
+)
 from llmlabel.calibrate.quantile import (
     conformal_p_values,
     conformal_quantile,
@@ -131,12 +140,14 @@ def fit_conformal(  # noqa: PLR0913  # each is one plain choice
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
+    one_of("overlap", overlap, Literal["refuse", "record"])
+    one_of("unreachable", unreachable, Literal["refuse", "every label"])
     _check_single(labels)
     require_columns(dataset, "id", "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
     _check_rows(len(dataset), alpha)
-    trained = 0 if training is None else int(same_rows(dataset, row_marks(training)).sum())
+    trained = 0 if training is None else int(shared_rows(dataset, training).sum())
     if trained and overlap == "refuse":
         raise ValueError(
             f"{trained} of {len(dataset)} gold rows are training rows too, so their soft labels are "
@@ -186,7 +197,7 @@ def predict_sets(
     ties: Literal["keep", "draw"] = "keep",
     score: ScoreFunction | None = None,
     overlap: Literal["keep", "refuse"] = "keep",
-    other_engine: Literal["refuse", "allow"] = "refuse",
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
 
@@ -212,6 +223,9 @@ def predict_sets(
         ValueError: If the threshold was fitted in another label space, on another model's soft
             labels or with another score function.
     """
+    one_of("empty", empty, Literal["keep", "top"])
+    one_of("ties", ties, Literal["keep", "draw"])
+    one_of("overlap", overlap, Literal["keep", "refuse"])
     require_columns(dataset, "id")
     probs, how = checked(dataset, labels, conformal, score, other_engine)
     if overlap == "refuse" and (shared := int(calibration_rows(dataset, conformal).sum())):
@@ -292,7 +306,7 @@ def checked(
     labels: LabelSpace,
     conformal: Conformal,
     score: ScoreFunction | None,
-    other_engine: Literal["refuse", "allow"],
+    other_engine: OtherEngine,
 ) -> tuple[csr_array, Nonconformity]:
     """The soft labels of new rows, if they are of the kind that the threshold was fitted on."""
     _check_single(labels)
@@ -301,13 +315,7 @@ def checked(
             f"the threshold was fitted in label space {conformal.label_space}, but the label space "
             f"given is {labels.fingerprint}; fit it again on gold rows of this one"
         )
-    here = engines_of(dataset)
-    if other_engine == "refuse" and conformal.engines and not set(here) <= set(conformal.engines):
-        raise ValueError(
-            f"the threshold was fitted on soft labels of {', '.join(conformal.engines)}, but these "
-            f"rows have those of {', '.join(here)}; fit it again on gold rows that it labelled "
-            "(other_engine='allow' uses it all the same, and then nothing is promised)"
-        )
+    check_engines(dataset, conformal.engines, other_engine)
     by_name = conformal.score in get_args(Score)
     if by_name == (score is not None) or (score is not None and _name(score) != conformal.score):
         given = "none is" if score is None else f"{_name(score)} is"
@@ -321,7 +329,10 @@ def checked(
 
 
 def _name(score: Score | ScoreFunction) -> str:
-    return f"{score.__module__}.{score.__qualname__}" if callable(score) else score
+    if not callable(score):
+        return score
+    named = score if hasattr(score, "__qualname__") else type(score)  # a partial has no name
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _check_rows(rows: int, alpha: float) -> None:

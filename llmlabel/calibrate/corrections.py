@@ -165,4 +165,6 @@ def _by_label(probs: csr_array) -> Iterator[tuple[int, Int[np.ndarray, " some"]]
     """Each stored label and where it is stored."""
     order = np.argsort(probs.indices, kind="stable")
     found, starts = np.unique(probs.indices[order], return_index=True)
-    yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)
+    ends = np.append(starts[1:], len(order))  # one too many where nothing is stored
+    for label, start, end in zip(found.tolist(), starts.tolist(), ends.tolist(), strict=False):
+        yield label, order[start:end]

@@ -16,9 +16,18 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.quantile import exact, row_uniforms
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    one_of,
+    refuse_trained,
+)
+from llmlabel.calibrate.quantile import exact, fewest_scores, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, block_scores, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_set_ids
 from llmlabel.data import gold_index, require_columns, rows_of, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -42,6 +51,8 @@ class CrossConformal:
         column: Column of the folds.
         seed: Seed of the uniform numbers of randomised scores.
         label_space: Fingerprint of the label space.
+        engines: Of each fold, who made the soft labels (the column `engine`).
+        data_sha: Hash of ids, gold and soft labels of the gold rows, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -53,6 +64,8 @@ class CrossConformal:
     column: str
     seed: int
     label_space: str
+    engines: tuple[tuple[str, ...], ...] = ()
+    data_sha: str = ""
 
     @property
     def rows(self) -> int:
@@ -66,6 +79,7 @@ class CrossConformal:
         2018 and Barber et al. 2021 (arXiv 1905.02928), theorem 4, whose folds are of one size; with
         folds of any size it is the same, as a weighted mean of p-values is at most doubled.
         """
+        one_of("method", method, Method)
         if method != "cross" or len(self.folds) == 1:
             return 1 - self.alpha
         extra = (len(self.folds) - 1) / (self.rows + len(self.folds))
@@ -80,6 +94,7 @@ def fit_cross_conformal(
     alpha: float = 0.1,
     score: Score | Nonconformity = "lac",
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> CrossConformal:
     """Keeps the scores of all gold rows, each from the model that was not trained on its fold.
 
@@ -92,10 +107,13 @@ def fit_cross_conformal(
         alpha: Share of misses allowed.
         score: Nonconformity score, or a `Nonconformity` with its settings.
         seed: Of randomised scores.
+        training: Rows beside the other folds that a model was trained on; gold rows with the same id
+            and text are refused.
 
     Raises:
-        ValueError: If `alpha` is not between 0 and 1, there are too few rows for it, a row has no
-            fold or several gold labels, or the label space is multi-label.
+        ValueError: If `alpha` is not between 0 and 1, there are too few rows for it or too few that
+            store the true label, a row has no fold or several gold labels or was trained on, or
+            the label space is multi-label.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
@@ -104,12 +122,13 @@ def fit_cross_conformal(
     require_columns(dataset, "id", "gold", column)
     refuse_routed(dataset)
     dataset = with_gold(dataset)
-    if len(dataset) < (needed := math.ceil(1 / exact(alpha)) - 1):
+    refuse_trained(dataset, training)
+    if len(dataset) < (needed := fewest_scores(alpha)):
         raise ValueError(
             f"alpha={alpha} needs at least {needed} gold rows; there are {len(dataset)} (label more "
             "rows, or allow a larger alpha)"
         )
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     fold_of = dataset[column][:]
     if strange := [name for name in fold_of if not isinstance(name, str)]:
         raise ValueError(
@@ -118,17 +137,27 @@ def fit_cross_conformal(
         )
     probs = SoftLabels.from_dataset(dataset, labels).probs
     uniforms = row_uniforms(dataset["id"][:], seed=seed)
-    scores = true_scores(probs, gold_index(dataset, labels), how, uniforms)
+    gold = gold_index(dataset, labels)
+    scores = true_scores(probs, gold, how, uniforms)
+    lost = int(np.isinf(scores).sum())
+    if lost >= math.floor(exact(alpha) * (len(scores) + 1)):
+        raise ValueError(
+            f"alpha={alpha} is unreachable: only {len(scores) - lost} of {len(scores)} gold rows have "
+            "their true label among the labels stored, so every set would hold every label; store "
+            "more labels a row, or allow a larger alpha"
+        )
     names = sorted(set(fold_of))
-    of_fold = {name: scores[np.array(fold_of) == name] for name in names}
+    rows_in = [np.flatnonzero(np.array(fold_of) == name) for name in names]
     return CrossConformal(
         alpha=alpha,
         how=how,
         folds=tuple(names),
-        scores=tuple(tuple(np.sort(of_fold[name]).tolist()) for name in names),
+        scores=tuple(tuple(np.sort(scores[rows]).tolist()) for rows in rows_in),
         column=column,
         seed=seed,
         label_space=labels.fingerprint,
+        engines=tuple(engines_of(dataset.select(rows)) for rows in rows_in),
+        data_sha=data_sha(dataset["id"][:], gold, probs),
     )
 
 
@@ -140,6 +169,7 @@ def predict_cross_sets(
     folds: dict[str, Dataset],
     method: Method = "cross",
     power: float = 16.0,
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `set_ids`, the label most probable over all models first.
 
@@ -161,11 +191,14 @@ def predict_cross_sets(
         method: How folds are joined.
         power: Of "e" only, and chosen before gold is seen: with 1, as in the papers, sets are of use
             where true labels have a mean score well below alpha; 16 helps where that is not so.
+        other_engine: "allow" takes soft labels of another model than the fold's,
+            for which nothing is promised.
 
     Raises:
-        ValueError: If the label space is another one, a fold or a row of one is missing, there are too
+        ValueError: If the label space or a fold's model is another one, a fold or a row of one is missing, there are too
             few rows to prove alpha, or no e-value can reach 1 / alpha.
     """
+    one_of("method", method, Method)
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the scores were fitted in label space {fitted.label_space}, but the label space given is "
@@ -176,6 +209,8 @@ def predict_cross_sets(
             f"folds must be {', '.join(fitted.folds)}, each with the rows that its model labelled; "
             f"got {', '.join(folds) or 'none'}"
         )
+    for name, engines in zip(fitted.folds, fitted.engines or ((),) * len(folds), strict=True):
+        check_engines(folds[name], engines, other_engine)
     require_columns(dataset, "id")
     tables = {name: rows_of(dataset, folds[name], f"fold {name!r}") for name in fitted.folds}
     probs = [soft.probs for soft in SoftLabels.from_sources(tables, labels).values()]

@@ -71,8 +71,13 @@ def kept_nodes(
         budgets: Ascending.
         anchor: Place of the budget that is solved first, by default the middle one. Chosen without
             the gold trees of the fit.
+
+    Raises:
+        ValueError: If a setting is out of range, a cost is NaN, or the nodes are not one tree.
     """
     anchor = check_family(holes, budgets, anchor)
+    if (unknown := np.flatnonzero(np.isnan(tree.costs))).size:
+        raise ValueError(f"node {unknown[0]} has the cost NaN; give each decision a probability")
     ends = subtree_ends(tree.parents)
     kept = np.ones((len(budgets), len(ends)), dtype=bool)
     if not len(ends):

@@ -259,11 +259,19 @@ def size_groups(sizes: Int[np.ndarray, " rows"]) -> tuple[list[str], Int[np.ndar
 def confidence_groups(
     confidence: Float[np.ndarray, " rows"], *, bins: int = 10
 ) -> tuple[list[str], Int[np.ndarray, " rows"]]:
-    """Groups of about equally many rows from the least to the most confident, and their names."""
+    """Groups of about equally many rows from the least to the most confident, and their names.
+
+    Names have so many digits that no two are the same.
+    """
     group = quantile_bins(confidence, bins=bins)
     there, group = np.unique(group, return_inverse=True)
     ends = [confidence[group == at] for at in range(len(there))]
-    return [f"{one.min():.3g} to {one.max():.3g}" for one in ends], group
+    names: list[str] = []
+    for digits in range(3, 18):
+        names = [f"{one.min():.{digits}g} to {one.max():.{digits}g}" for one in ends]
+        if len(set(names)) == len(names):
+            break
+    return names, group
 
 
 # -------------------------------------------------------------------------------------------- parts

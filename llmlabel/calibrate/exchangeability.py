@@ -18,6 +18,7 @@ from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.shift import likelihood_ratio
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.data import gold_index, require_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
@@ -248,7 +249,7 @@ def side_of(dataset: Dataset, labels: LabelSpace, score: Score | Nonconformity, 
     if "gold" in dataset.column_names:
         require_columns(dataset, "gold")
         known = arrow_table(dataset.select_columns(["gold"]))["gold"].is_valid().to_numpy()
-        how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+        how = with_settings(score)
         draws, gold = row_uniforms(ids, seed=seed), gold_index(dataset, labels)
         true[known] = true_scores(probs[known], gold[known], how, draws[known])
     top = probs.max(axis=1).toarray().ravel().astype(np.float64)

@@ -6,7 +6,6 @@ says of each label what gave its threshold and whether anything is promised for 
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
@@ -20,14 +19,24 @@ from llmlabel.calibrate.clusters import (
     Scores,
     cluster_labels,
     counts_of,
+    group_values,
     grouped_quantiles,
+    interpolated,
+)
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    one_of,
+    refuse_trained,
 )
 from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_gold
-from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.labelspace.graph import closure
 from llmlabel.softlabels import SoftLabels
@@ -78,6 +87,8 @@ class GroupConformal:
         tau: Weight of the labels' thresholds against `marginal`, where they are interpolated.
         seed: Seed of the uniform numbers of randomised scores, and of clusters.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows (the column `engine`).
+        data_sha: Hash of ids, gold and soft labels of the gold rows, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -91,6 +102,8 @@ class GroupConformal:
     tau: float | None
     seed: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
     @property
     def without_guarantee(self) -> tuple[str, ...]:
@@ -110,6 +123,8 @@ class _Gold:
     alpha: float
     marginal: float
     needed: int
+    data_sha: str
+    engines: tuple[str, ...]
 
 
 def fit_class_conformal(  # noqa: PLR0913  # four independent choices beside the usual ones
@@ -123,6 +138,7 @@ def fit_class_conformal(  # noqa: PLR0913  # four independent choices beside the
     tau: float | None = None,
     clusters: int | None = None,
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> GroupConformal:
     """Fits a threshold for each label, so that each is missed in at most `alpha` of its own rows.
 
@@ -152,15 +168,16 @@ def fit_class_conformal(  # noqa: PLR0913  # four independent choices beside the
         tau: From 0, one threshold for all, to 1; the paper finds 0.9 to 0.999 useful.
         clusters: How many; by default the paper's rule, which finds none where rows are few.
         seed: Of randomised scores and of clusters.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
         ValueError: If a choice is out of range, too few rows (with a stored true label) carry
-            `alpha`, a row has several gold labels, or the label space is multi-label.
+            `alpha`, a row has several gold labels or was trained on, or the label space is multi-label.
     """
     chain = _chain(by, fallback, tau)
     if clusters is not None and clusters < 2:
         raise ValueError(f"clusters must be at least 2; got {clusters} (or leave it out)")
-    gold = _read(dataset, labels, alpha=alpha, score=score, seed=seed)
+    gold = _read(dataset, labels, alpha=alpha, score=score, seed=seed, training=training)
     counts = counts_of(gold.index, len(labels))
     thresholds = np.full(len(labels), np.nan)  # of labels that still ask
     levels, sources = np.full((2, len(labels)), "", dtype=object)
@@ -187,7 +204,8 @@ def fit_class_conformal(  # noqa: PLR0913  # four independent choices beside the
     kept = np.isin(levels, ("class", "all")) & (tau is None)
     table = _table(labels.ids, thresholds, counts, levels, sources, kept)
     return GroupConformal(
-        *(alpha, gold.how, None, table, gold.marginal, gold.marginal, tau, seed, labels.fingerprint)
+        *(alpha, gold.how, None, table, gold.marginal, gold.marginal, tau, seed),
+        *(labels.fingerprint, gold.engines, gold.data_sha),
     )
 
 
@@ -200,6 +218,7 @@ def fit_group_conformal(
     score: Score | Nonconformity = "lac",
     fallback: Literal["marginal", "all"] = "marginal",
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> GroupConformal:
     """Fits a threshold for each group of rows, so that at most `alpha` of each group is missed.
 
@@ -215,9 +234,11 @@ def fit_group_conformal(
         fallback: Of groups with fewer than ceil(1 / alpha) - 1 gold rows, new ones and rows of no
             group: the threshold of all rows, which promises nothing for the group, or every label.
         seed: Of randomised scores.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
     """
-    gold = _read(dataset, labels, alpha=alpha, score=score, seed=seed)
-    values = _values(with_gold(dataset), column)
+    one_of("fallback", fallback, Literal["marginal", "all"])
+    gold = _read(dataset, labels, alpha=alpha, score=score, seed=seed, training=training)
+    values = group_values(with_gold(dataset), column)
     groups = sorted({value for value in values if value is not None})
     places = {group: place for place, group in enumerate(groups)}
     group_of = np.array([-1 if value is None else places[value] for value in values], np.int64)
@@ -229,27 +250,41 @@ def fit_group_conformal(
     kept = own | (levels == "all")
     table = _table(groups, found, counts, levels, np.full(len(groups), ""), kept)
     return GroupConformal(
-        *(alpha, gold.how, column, table, gold.marginal, otherwise, None, seed, labels.fingerprint)
+        *(alpha, gold.how, column, table, gold.marginal, otherwise, None, seed),
+        *(labels.fingerprint, gold.engines, gold.data_sha),
     )
 
 
-def predict_group_sets(dataset: Dataset, labels: LabelSpace, fitted: GroupConformal) -> Dataset:
+def predict_group_sets(
+    dataset: Dataset,
+    labels: LabelSpace,
+    fitted: GroupConformal,
+    *,
+    other_engine: OtherEngine = "refuse",
+) -> Dataset:
     """Adds `set_ids`, the labels whose score is at most their threshold, most probable first.
 
+    Args:
+        dataset: New rows.
+        labels: The label space of the thresholds.
+        fitted: Of labels or of groups.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If the label space is another one, or the column of groups is missing.
+        ValueError: If the label space or model is another one, or the column of groups is missing.
     """
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the thresholds were fitted in label space {fitted.label_space}, but the label space "
             f"given is {labels.fingerprint}; fit them again on gold rows of this one"
         )
+    check_engines(dataset, fitted.engines, other_engine)
     require_columns(dataset, "id")
     if fitted.column is None:
         limits = np.array([one.value for one in fitted.thresholds])[None, :]
     else:
         known: dict[str | None, float] = {one.group: one.value for one in fitted.thresholds}
-        values = _values(dataset, fitted.column)
+        values = group_values(dataset, fitted.column)
         own = [known.get(value, fitted.otherwise) for value in values]  # None is no group
         limits = np.array(own, dtype=np.float64)[:, None]
     probs = SoftLabels.from_dataset(dataset, labels).probs
@@ -259,15 +294,6 @@ def predict_group_sets(dataset: Dataset, labels: LabelSpace, fitted: GroupConfor
 def group_report(fitted: GroupConformal) -> Dataset:
     """The thresholds as rows; columns as in `Threshold`."""
     return Dataset.from_list([asdict(one) for one in fitted.thresholds])
-
-
-def interpolated(
-    thresholds: Float[np.ndarray, " groups"], marginal: float, *, tau: float, scores: Scores
-) -> Float[np.ndarray, " groups"]:
-    """The sum of tau x threshold and (1 - tau) x marginal; infinity is the largest finite score."""
-    largest = scores[np.isfinite(scores)].max(initial=-np.inf)
-    own = np.where(np.isinf(thresholds) & np.isfinite(largest), largest, thresholds)
-    return own if tau == 1 else tau * own + (1 - tau) * marginal
 
 
 def _cluster_thresholds(gold: _Gold, *, clusters: int | None, fewest: int, seed: int) -> Found:
@@ -332,7 +358,13 @@ def _table(groups: Sequence[str], *columns: Shaped[np.ndarray, "..."]) -> tuple[
 
 
 def _read(
-    dataset: Dataset, labels: LabelSpace, *, alpha: float, score: Score | Nonconformity, seed: int
+    dataset: Dataset,
+    labels: LabelSpace,
+    *,
+    alpha: float,
+    score: Score | Nonconformity,
+    seed: int,
+    training: Dataset | None,
 ) -> _Gold:
     """The rows whose gold is known."""
     if not 0 < alpha < 1:
@@ -345,12 +377,13 @@ def _read(
     require_columns(dataset, "id", "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     if len(dataset) < (needed := fewest_scores(alpha)):
         raise ValueError(
             f"alpha={alpha} needs at least {needed} gold rows; there are {len(dataset)} (label more "
             "rows, or allow a larger alpha)"
         )
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     ids, index = dataset["id"][:], gold_index(dataset, labels)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     scores = true_scores(probs, index, how, row_uniforms(ids, seed=seed))
@@ -360,14 +393,7 @@ def _read(
             "rows have their true label among the labels stored; store more labels a row, or allow "
             "a larger alpha"
         )
-    return _Gold(how, ids, scores, index, labels, alpha, marginal, needed)
-
-
-def _values(dataset: Dataset, column: str) -> list[str | None]:
-    """The groups of the rows as text; None where a row has none."""
-    require_columns(dataset, column)
-    kind = str(arrow_table(dataset.select_columns([column]))[column].type)
-    if not re.fullmatch(r"(large_)?string(_view)?|u?int\d+|bool|null", kind):
-        text = "groups are strings, whole numbers or truth values"
-        raise ValueError(f"column {column!r} holds {kind}; {text}")
-    return [None if value is None else str(value) for value in dataset[column][:]]
+    return _Gold(
+        *(how, ids, scores, index, labels, alpha, marginal, needed),
+        *(data_sha(ids, index, probs), engines_of(dataset)),
+    )

@@ -11,29 +11,39 @@ there only the bounds that hold whatever the noise is say something.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy.sparse import csr_array
 
 from llmlabel.calibrate.bounds import binomial_upper
-from llmlabel.calibrate.quantile import conformal_quantile, exact, row_uniforms
-from llmlabel.calibrate.scores import Nonconformity, Score, stored_scores, true_scores
+from llmlabel.calibrate.channels import (
+    Channel,
+    Kind,
+    coverage_curve,
+    estimate_noise,
+    inverse_noise,
+)
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    one_of,
+    refuse_trained,
+)
+from llmlabel.calibrate.quantile import conformal_quantile, exact, fewest_scores, row_uniforms
+from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
-
-Channel: TypeAlias = float | np.ndarray
-"""Share of wrong pseudo-labels, any other label being as probable; or P(pseudo-label | label)."""
-
-_ROUNDING = 1e-9  # sums of weights in another order differ by less
-_MOST_DOUBTFUL = 1e6  # condition number from which on the noise of a matrix cannot be undone
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class NoisyConformal:
         delta: See `guaranteed`.
         seed: Of randomised scores.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels (the column `engine`).
+        data_sha: Hash of ids, pseudo-labels and soft labels of the rows, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -75,28 +87,8 @@ class NoisyConformal:
     delta: float
     seed: int
     label_space: str
-
-
-@dataclass(frozen=True)
-class CoverageCurve:
-    """The share of true labels that each threshold covers, as estimated; thresholds ascending."""
-
-    thresholds: Float[np.ndarray, " thresholds"]
-    coverage: Float[np.ndarray, " thresholds"]
-    slack: float
-    """All of them are at most this below the estimate, but for a share delta of draws."""
-
-    def first(self, target: float) -> float | None:
-        """The smallest threshold that covers so much."""
-        reached = np.flatnonzero(self.coverage >= target - _ROUNDING)
-        return float(self.thresholds[reached[0]]) if reached.size else None
-
-    def at(self, threshold: float) -> float:
-        """The estimate, between 0 and 1; an infinite threshold covers every label."""
-        if threshold == math.inf:
-            return 1.0
-        place = int(np.searchsorted(self.thresholds, threshold, side="right")) - 1
-        return float(np.clip(self.coverage[place], 0, 1)) if place >= 0 else 0.0
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
@@ -104,12 +96,13 @@ def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
     labels: LabelSpace,
     *,
     column: str,
-    noise: float | list[list[float]] | Literal["uniform", "matrix"],
+    noise: float | list[list[float]] | Kind,
     alpha: float = 0.1,
     score: Score | Nonconformity = "lac",
     aim: Literal["mean", "certain"] = "mean",
     delta: float = 0.1,
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> NoisyConformal:
     """Fits the threshold that leaves out the *true* label of at most a share `alpha` of new rows.
 
@@ -141,28 +134,32 @@ def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
         score: Nonconformity score, or a `Nonconformity` with its settings.
         aim: "mean" covers 1 - alpha on average; "certain" raises the threshold by the slack, so that
             `guaranteed` is 1 - alpha (known noise only).
-        delta: Share of draws of rows in which `guaranteed` may fail.
+        delta: Share of draws of rows in which `guaranteed` may fail; at most 0.5 where the noise is
+            estimated (Massart 1990).
         seed: Of randomised scores.
+        training: Rows that a model was trained on; rows with the same id and text are refused.
 
     Raises:
-        ValueError: If `alpha` or `delta` is not between 0 and 1, there are too few rows for them, the
-            pseudo-labels are the soft labels' own, the noise cannot be undone or estimated, or the
+        ValueError: If `alpha` or `delta` is out of range, there are too few rows for them, a row was
+            trained on, the pseudo-labels are the soft labels' own, the noise cannot be undone or estimated, or the
             label space is multi-label.
     """
-    _check(labels, alpha, delta)
+    _check(labels, alpha, delta, noise)
+    one_of("aim", aim, Literal["mean", "certain"])
     require_columns(dataset, "id", column)
     refuse_routed(dataset)
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     given = _first_labels(dataset, column, labels)
     kept = np.flatnonzero(given >= 0)
     dataset, given = dataset.select(kept), given[kept]
+    refuse_trained(dataset, training)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     uniforms = row_uniforms(dataset["id"][:], seed=seed)
     rows = len(given)
     count = math.ceil((rows + 1) * (1 - exact(alpha)))
     if count > rows:
         raise ValueError(
-            f"alpha={alpha} needs at least {math.ceil(1 / exact(alpha)) - 1} rows with a pseudo-label "
+            f"alpha={alpha} needs at least {fewest_scores(alpha)} rows with a pseudo-label "
             f"in column {column!r}; there are {rows} (label more rows, or allow a larger alpha)"
         )
     _check_source(probs, given, column)
@@ -206,6 +203,8 @@ def fit_noisy_conformal(  # noqa: PLR0913  # each is one plain choice
         delta=delta,
         seed=seed,
         label_space=labels.fingerprint,
+        engines=engines_of(dataset),
+        data_sha=data_sha(dataset["id"][:], given, probs),
     )
 
 
@@ -215,112 +214,31 @@ def predict_noisy_sets(
     fitted: NoisyConformal,
     *,
     threshold: Literal["corrected", "plain"] = "corrected",
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
-    """Adds `set_ids`, the labels whose score is at most the threshold, most probable first."""
+    """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
+
+    Args:
+        dataset: New rows.
+        labels: The label space of the thresholds.
+        fitted: What `fit_noisy_conformal` gave.
+        threshold: Which of the two.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
+    Raises:
+        ValueError: If it was fitted in another label space or on another model's soft labels.
+    """
+    one_of("threshold", threshold, Literal["corrected", "plain"])
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the threshold was fitted in label space {fitted.label_space}, but the label space given "
             f"is {labels.fingerprint}; fit it again on rows of this one"
         )
+    check_engines(dataset, fitted.engines, other_engine)
     require_columns(dataset, "id")
     limit = fitted.threshold if threshold == "corrected" else fitted.plain_threshold
     probs = SoftLabels.from_dataset(dataset, labels).probs
     return with_cut_sets(dataset, probs, np.array([[limit]]), fitted.how, seed=fitted.seed)
-
-
-def estimate_noise(
-    given: Int[np.ndarray, " rows"],
-    gold: Int[np.ndarray, " rows"],
-    labels: LabelSpace,
-    kind: Literal["uniform", "matrix"],
-) -> Channel:
-    """The share of wrong pseudo-labels among rows with gold, or P(pseudo-label | gold).
-
-    A ValueError says if there are no rows, or for a matrix none of some label.
-    """
-    if not len(gold):
-        raise ValueError(
-            "no row has both gold and a pseudo-label, so the noise cannot be estimated; label some "
-            "rows, drawn at random, or give noise= as a number or matrix"
-        )
-    if kind == "uniform":
-        return float((given != gold).mean())
-    counts = np.zeros((len(labels), len(labels)))
-    np.add.at(counts, (gold, given), 1)
-    totals = counts.sum(axis=1, keepdims=True)
-    if (unseen := np.flatnonzero(totals[:, 0] == 0)).size:
-        raise ValueError(
-            f"label {labels.ids[unseen[0]]!r} has no row with both gold and a pseudo-label, so its row "
-            f"of the noise matrix is unknown ({unseen.size} such labels of {len(labels)}); label some "
-            "of its rows, or take noise='uniform'"
-        )
-    return np.asarray(counts / totals)
-
-
-def inverse_noise(
-    channel: Float[np.ndarray, "labels labels"],
-) -> Float[np.ndarray, "labels labels"]:
-    """The inverse of P(pseudo-label | label); rows sum to 1, and some weights are below 0.
-
-    A ValueError says if rows are no distributions, or pseudo-labels of some labels are too alike.
-    """
-    if not ((channel >= 0).all() and np.abs(channel.sum(axis=1) - 1).max() < 1e-6):
-        row = int(np.argmax((channel < 0).any(axis=1) | (np.abs(channel.sum(axis=1) - 1) >= 1e-6)))
-        raise ValueError(
-            f"row {row} of the noise matrix is {channel[row].tolist()}; it must hold "
-            "P(pseudo-label | label): numbers from 0 on that sum to 1"
-        )
-    if not np.linalg.cond(channel) < _MOST_DOUBTFUL:
-        raise ValueError(
-            "the noise matrix has no inverse: some labels get the same pseudo-labels, so nothing tells "
-            "them apart; merge these labels, or estimate the noise on more gold rows"
-        )
-    return np.asarray(np.linalg.inv(channel))
-
-
-def coverage_curve(
-    probs: csr_array,
-    given: Int[np.ndarray, " rows"],
-    channel: Channel,
-    how: Nonconformity,
-    uniforms: Float[np.ndarray, " rows"],
-    delta: float,
-) -> CoverageCurve:
-    """Adds up the weights of all stored labels in the order of their scores."""
-    rows, labels = probs.shape
-    row = np.repeat(np.arange(rows), np.diff(probs.indptr))
-    level = math.sqrt(math.log(2 / delta) / (2 * rows))
-    # Of a mean of functions that are no steps the inequality holds at this level: by Jensen and
-    # Markov, P(excess > a) <= integral of exp(-2nt^2) from b on / (a - b) <= exp(-2nb^2).
-    wide = level + 1 / (4 * rows * level)
-    if isinstance(channel, np.ndarray):
-        if channel.shape != (labels, labels):
-            raise ValueError(f"the noise matrix has shape {channel.shape}, not {(labels, labels)}")
-        inverse = inverse_noise(channel)
-        weights = inverse[given[row], probs.indices]
-        parts = (np.maximum(part, 0).sum(axis=1).max() for part in (inverse, -inverse))
-        slack = wide * float(sum(parts))
-    else:
-        spread = _spread(channel, labels)
-        weights = ((probs.indices == given[row]) - spread / labels) / (1 - spread)
-        slack = (level + spread * wide) / (1 - spread)
-    scores = stored_scores(probs, how, uniforms)
-    order = np.lexsort((weights, scores))  # so that sums do not depend on the order of the rows
-    order = order[: np.isfinite(scores).sum()]
-    scores, sums = scores[order], np.cumsum(weights[order])
-    last = np.flatnonzero(np.append(np.diff(scores) > 0, True)) if len(scores) else np.arange(0)
-    return CoverageCurve(scores[last], sums[last] / rows, slack)
-
-
-def _spread(wrong: float, labels: int) -> float:
-    """The share of rows whose label is drawn anew from all labels, the true one among them."""
-    chance = 1 - 1 / labels
-    if not 0 <= wrong < chance - _ROUNDING:
-        raise ValueError(
-            f"the share of wrong pseudo-labels must be from 0 to below {chance:.3g}, that of labels "
-            f"drawn at random from {labels}; it is {wrong:.3g} (such labels say nothing)"
-        )
-    return wrong / chance
 
 
 def _certain_slack(slack: float, rows: int, alpha: float, gold: Int[np.ndarray, " rows"]) -> float:
@@ -389,10 +307,19 @@ def _check_source(probs: csr_array, given: Int[np.ndarray, " rows"], column: str
         )
 
 
-def _check(labels: LabelSpace, alpha: float, delta: float) -> None:
+def _check(
+    labels: LabelSpace, alpha: float, delta: float, noise: float | list[list[float]] | Kind
+) -> None:
     for name, value in (("alpha", alpha), ("delta", delta)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")
+    if isinstance(noise, str):
+        one_of("noise", noise, Kind)
+        if delta > 0.5:
+            raise ValueError(
+                f"delta must be at most 0.5 where the noise is estimated; got {delta} (the inequality "
+                "of one side, Massart 1990, holds up to there)"
+            )
     if labels.multilabel:
         raise ValueError(
             "noisy rows need a label space of one label a row; this one is multi-label"

@@ -16,9 +16,17 @@ import numpy as np
 from datasets import Dataset, Value
 from jaxtyping import Float, Int
 
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import exact, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -41,6 +49,8 @@ class Online:
         how: Nonconformity score.
         seed: Seed of the uniform numbers of randomised scores.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the first gold rows (the column `engine`).
+        data_sha: Hash of ids, gold and soft labels of these, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -55,6 +65,8 @@ class Online:
     how: Nonconformity
     seed: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
     def bound(self, *, delay: int = 0) -> float:
         """How far the share of misses so far can be from alpha, at most, whatever the stream is.
@@ -85,6 +97,7 @@ def start_online(
     score: Score | Nonconformity = "lac",
     window: int | None = None,
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> Online:
     """The start of a stream: the scores of gold rows, and the level at alpha.
 
@@ -98,10 +111,11 @@ def start_online(
         score: Nonconformity score, or a `Nonconformity` with its settings.
         window: How many true labels, the last ones, give the scores; null for all.
         seed: Of randomised scores.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
-        ValueError: If a choice is out of range, a row has several gold labels, or the label space is
-            multi-label.
+        ValueError: If a choice is out of range, a row has several gold labels or was trained on, or
+            the label space is multi-label.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
@@ -114,14 +128,27 @@ def start_online(
             "online sets need a label space of one label a row; this one is multi-label"
         )
     refuse_routed(dataset)
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     start = Online(alpha, gamma, alpha, (), window, 0, 0, how, seed, labels.fingerprint)
-    scores, gold = _true_scores(with_gold(dataset), labels, start)
-    return replace(start, scores=_last(scores[gold >= 0].tolist(), window))
+    dataset = with_gold(dataset)
+    refuse_trained(dataset, training)
+    scores, gold = _true_scores(dataset, labels, start)
+    probs = SoftLabels.from_dataset(dataset, labels).probs
+    return replace(
+        start,
+        scores=_last(scores[gold >= 0].tolist(), window),
+        engines=engines_of(dataset),
+        data_sha=data_sha(dataset["id"][:], gold, probs),
+    )
 
 
 def predict_online_sets(
-    dataset: Dataset, labels: LabelSpace, state: Online, *, delay: int = 0
+    dataset: Dataset,
+    labels: LabelSpace,
+    state: Online,
+    *,
+    delay: int = 0,
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `set_ids`, most probable label first, and `online_alpha`, the level each was cut at.
 
@@ -138,13 +165,16 @@ def predict_online_sets(
         labels: Their label space.
         state: From `start_online` or `update_online`.
         delay: How many sets are made between a row's set and its answer.
+        other_engine: "allow" takes soft labels of another model. That is a drift like others: the
+            promise in the long run stays, the next sets may be poor.
 
     Raises:
-        ValueError: If the state is of another label space, or `delay` is negative.
+        ValueError: If the state is of another label space or model, or `delay` is negative.
     """
     if delay < 0:
         raise ValueError(f"delay must be 0 or more, a number of rows; got {delay}")
     _check_space(state, labels)
+    check_engines(dataset, state.engines, other_engine)
     require_columns(dataset, "id")
     probs = SoftLabels.from_dataset(dataset, labels).probs
     if "gold" in dataset.column_names:
@@ -164,7 +194,9 @@ def predict_online_sets(
     return with_columns(found, {"online_alpha": (levels, Value("float64"))})
 
 
-def update_online(dataset: Dataset, labels: LabelSpace, state: Online) -> Online:
+def update_online(
+    dataset: Dataset, labels: LabelSpace, state: Online, *, other_engine: OtherEngine = "refuse"
+) -> Online:
     """The state after the answers to these rows, each given once, in the order they came.
 
     A stream may so be cut into parts anywhere: predict, wait for answers, update, predict the next.
@@ -175,11 +207,13 @@ def update_online(dataset: Dataset, labels: LabelSpace, state: Online) -> Online
             one, and rows of none of the labels, change nothing.
         labels: Their label space.
         state: The state before.
+        other_engine: As in `predict_online_sets`.
 
     Raises:
-        ValueError: If the state is of another label space, or `set_ids` or `gold` is missing.
+        ValueError: If the state is of another label space or model, or `set_ids` or `gold` is missing.
     """
     _check_space(state, labels)
+    check_engines(dataset, state.engines, other_engine)
     require_columns(dataset, "set_ids", "gold")
     scores, gold = _true_scores(dataset, labels, state)
     known = np.flatnonzero(gold >= 0)

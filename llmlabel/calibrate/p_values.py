@@ -7,6 +7,7 @@ import pyarrow as pa
 from datasets import Dataset, List, Value
 
 from llmlabel.calibrate.conformal import Conformal, checked, kept_scores, tie_draws
+from llmlabel.calibrate.provenance import OtherEngine, one_of
 from llmlabel.calibrate.quantile import conformal_p_values, row_uniforms
 from llmlabel.calibrate.scores import ScoreFunction, stored_scores
 from llmlabel.data import require_columns, with_columns
@@ -21,7 +22,7 @@ def p_values(
     *,
     ties: Literal["keep", "draw"] = "draw",
     score: ScoreFunction | None = None,
-    other_engine: Literal["refuse", "allow"] = "refuse",
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `label_p_values`, beside `label_ids`, and `p_value`, the largest of a row.
 
@@ -38,6 +39,7 @@ def p_values(
         score: The function, if the score is one.
         other_engine: See `predict_sets`.
     """
+    one_of("ties", ties, Literal["keep", "draw"])
     require_columns(dataset, "id")
     probs, how = checked(dataset, labels, conformal, score, other_engine)
     calibration = kept_scores(conformal)

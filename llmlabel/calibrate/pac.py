@@ -13,12 +13,14 @@ from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from llmlabel.calibrate.cuts import BUDGETS, Tree, check_family, kept_nodes
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -33,11 +35,13 @@ class Pac:
         epsilon: Share of new rows whose set may miss the true label,
         delta: and the probability that it is more.
         how: Nonconformity score.
-        threshold: Infinite where too many gold labels are not stored: then a set holds every label.
+        threshold: The largest score inside.
         errors: Gold rows that the threshold leaves out at most.
         rows: Number of gold rows.
         seed: Seed of the uniform numbers of randomised scores.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -50,6 +54,8 @@ class Pac:
     rows: int
     seed: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def fit_pac(
     delta: float = 0.05,
     score: Score | Nonconformity = "lac",
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> Pac:
     """Fits a threshold that misses more than a share `epsilon` of new rows with probability `delta`.
 
@@ -132,28 +139,57 @@ def fit_pac(
         delta: Probability that there are more.
         score: The nonconformity score.
         seed: Of the uniform numbers of randomised scores.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
-        ValueError: If a setting is out of range or there are too few rows to certify it.
+        ValueError: If a setting is out of range, there are too few rows to certify it, too few
+            true labels are stored, or gold rows were trained on.
     """
     _check_single(labels)
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     require_columns(dataset, "id", "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     errors = allowed_errors(len(dataset), epsilon=epsilon, delta=delta)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     uniforms = row_uniforms(dataset["id"][:], seed=seed)
-    scores = true_scores(probs, gold_index(dataset, labels), how, uniforms)
+    gold = gold_index(dataset, labels)
+    scores = true_scores(probs, gold, how, uniforms)
     threshold = pac_threshold(scores, epsilon=epsilon, delta=delta)
-    return Pac(epsilon, delta, how, threshold, errors, len(scores), seed, labels.fingerprint)
+    if threshold == math.inf:
+        raise ValueError(not_stored(f"epsilon={epsilon}", np.isfinite(scores), gold))
+    return Pac(
+        *(epsilon, delta, how, threshold, errors, len(scores), seed, labels.fingerprint),
+        *fitted_on(dataset, labels, probs),
+    )
 
 
-def predict_pac(dataset: Dataset, labels: LabelSpace, pac: Pac) -> Dataset:
+def not_stored(
+    target: str, stored: Bool[np.ndarray, " rows"], gold: Int[np.ndarray, " rows"]
+) -> str:
+    """Why no finite threshold reaches a target, where so many true labels are not stored."""
+    n, none, found = len(gold), int((gold < 0).sum()), int(stored.sum())
+    return (
+        f"{target} is unreachable: only {found} of {n} gold rows have their true label among the "
+        f"labels stored (shortlist recall {found / max(n - none, 1):.2f}, {none} rows with none of "
+        f"the labels); store more labels a row, or allow a larger {target.split('=')[0]}"
+    )
+
+
+def predict_pac(
+    dataset: Dataset, labels: LabelSpace, pac: Pac, *, other_engine: OtherEngine = "refuse"
+) -> Dataset:
     """Adds `set_ids`, the labels whose score is at most the threshold, most probable first.
 
+    Args:
+        dataset: New rows.
+        labels: The label space of the threshold.
+        pac: What `fit_pac` gave.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If the threshold was fitted in another label space.
+        ValueError: If the threshold was fitted in another label space or on another model's labels.
     """
     _check_single(labels)
     require_columns(dataset, "id")
@@ -162,6 +198,7 @@ def predict_pac(dataset: Dataset, labels: LabelSpace, pac: Pac) -> Dataset:
             f"the threshold was fitted in label space {pac.label_space}, but the label space given "
             f"is {labels.fingerprint}; fit it again on gold rows of this one"
         )
+    check_engines(dataset, pac.engines, other_engine)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     return with_cut_sets(dataset, probs, np.array([[pac.threshold]]), pac.how, seed=pac.seed)
 
@@ -195,7 +232,8 @@ def fit_pac_tree(
         anchor: See `kept_nodes`.
 
     Raises:
-        ValueError: If a setting is out of range or there are too few trees to certify it.
+        ValueError: If a setting is out of range, there are too few trees to certify it, or nodes
+            have no contents.
     """
     anchor = check_family(holes, budgets, anchor)
     if len(trees) != len(gold):
@@ -203,6 +241,11 @@ def fit_pac_tree(
     allowed_errors(len(trees), epsilon=epsilon, delta=delta)
     right = []  # how many of the budgets, from the tightest on, keep nothing wrong
     for tree, true in zip(trees, gold, strict=True):
+        if len(tree.contents) != len(tree.parents):
+            raise ValueError(
+                f"a tree of {len(tree.parents)} nodes has {len(tree.contents)} contents; each node "
+                "needs one, to be compared with the true answer"
+            )
         true = set(true)
         wrong = np.array([content not in true for content in tree.contents], dtype=bool)
         kept = kept_nodes(tree, holes=holes, budgets=budgets, anchor=anchor)

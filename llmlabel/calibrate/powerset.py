@@ -17,7 +17,8 @@ from datasets import Dataset, List, Value
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.quantile import conformal_quantile
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_matrix, require_columns, with_columns, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -42,6 +43,8 @@ class Powerset:
         power: p of the norm.
         scores: Distances (to the power p) of the gold rows' true label sets, ascending.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -50,6 +53,8 @@ class Powerset:
     power: float
     scores: tuple[float, ...]
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
     @property
     def threshold(self) -> float:
@@ -176,7 +181,12 @@ def set_scores(
 
 
 def fit_powerset(
-    dataset: Dataset, labels: LabelSpace, *, alpha: float = 0.1, power: float = 2.0
+    dataset: Dataset,
+    labels: LabelSpace,
+    *,
+    alpha: float = 0.1,
+    power: float = 2.0,
+    training: Dataset | None = None,
 ) -> Powerset:
     """Fits the distance within which all but a share `alpha` of new rows have their true label set.
 
@@ -192,10 +202,10 @@ def fit_powerset(
         labels: A multi-label space.
         alpha: Share of misses allowed.
         power: p of the norm, 1 or more.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
-        ValueError: If a setting is out of range, there are too few rows, or the space is
-            single-label.
+        ValueError: If a setting or the space does not fit, rows are too few, or were trained on.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
@@ -205,24 +215,19 @@ def fit_powerset(
     require_columns(dataset, "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     size = max(1, _BLOCK_CELLS // len(labels))
-    scores = np.concatenate(
-        [np.empty(0)]
-        + [
-            set_scores(
-                probs[start : start + size],
-                gold_matrix(dataset.select(range(start, min(start + size, len(dataset)))), labels),
-                power=power,
-            )
-            for start in range(0, len(dataset), size)
-        ]
-    )
-    fitted = Powerset(alpha, power, tuple(np.sort(scores).tolist()), labels.fingerprint)
+    scores = [np.empty(0)]
+    for start in range(0, len(dataset), size):
+        block = dataset.select(range(start, min(start + size, len(dataset))))
+        truth = gold_matrix(block, labels)
+        scores.append(set_scores(probs[start : start + size], truth, power=power))
+    ascending, source = np.sort(np.concatenate(scores)).tolist(), fitted_on(dataset, labels, probs)
+    fitted = Powerset(alpha, power, tuple(ascending), labels.fingerprint, *source)
     if math.isinf(fitted.threshold):
-        needed = next(n for n in itertools.count(1) if conformal_quantile(np.zeros(n), alpha) == 0)
         raise ValueError(
-            f"cannot certify: alpha={alpha} needs n >= {needed} gold rows; there are "
+            f"cannot certify: alpha={alpha} needs n >= {fewest_scores(alpha)} gold rows; there are "
             f"{len(dataset)} (label more rows, or allow a larger alpha)"
         )
     return fitted
@@ -236,13 +241,16 @@ def p_values(
     return (rows - np.searchsorted(powerset.scores, distances, side="left") + 1) / (rows + 1)
 
 
-def regions(dataset: Dataset, labels: LabelSpace, powerset: Powerset) -> Iterator[Region]:
-    """The region of each row.
-
-    Raises:
-        ValueError: If the distances were fitted in another label space.
-    """
+def regions(
+    dataset: Dataset,
+    labels: LabelSpace,
+    powerset: Powerset,
+    *,
+    other_engine: OtherEngine = "refuse",
+) -> Iterator[Region]:
+    """The region of each row; see `predict_powerset`."""
     _check_multilabel(labels)
+    check_engines(dataset, powerset.engines, other_engine)
     if powerset.label_space != labels.fingerprint:
         raise ValueError(
             f"the distances were fitted in label space {powerset.label_space}, but the label space "
@@ -256,8 +264,8 @@ def regions(dataset: Dataset, labels: LabelSpace, powerset: Powerset) -> Iterato
         own[probs.indices[part]] = np.minimum(probs.data[part].astype(np.float64), 1.0)
         costs = _change_costs(own, powerset.power)
         order = np.argsort(costs, kind="stable")
-        best = tuple(np.flatnonzero(own > 0.5).tolist())
-        yield Region(best, order, costs[order], base, threshold)
+        best = np.flatnonzero(own > 0.5).tolist()
+        yield Region(tuple(best), order, costs[order], base, threshold)
 
 
 def predict_powerset(
@@ -267,6 +275,7 @@ def predict_powerset(
     *,
     top: int = 10,
     empty: Literal["keep", "best"] = "keep",
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds what is plausible for each row, and how much of it there is.
 
@@ -283,14 +292,17 @@ def predict_powerset(
         powerset: The fit.
         top: Label sets to list.
         empty: What becomes of a region without any label set. "keep" leaves it empty: the row is
-            stranger than a share 1 - alpha of the gold rows. "best" puts the nearest label set in,
-            which covers more often than asked for.
+            stranger than a share 1 - alpha of gold rows. "best" puts the nearest label set in.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
+    Raises:
+        ValueError: If the fit was in another label space or on another model's soft labels.
     """
     if top < 0:
         raise ValueError(f"top must be 0 or more, the label sets to list; got {top}")
     columns: dict[str, Any] = {name: [] for name in _FEATURES}
     nearest: list[tuple[float, float]] = []
-    for region in regions(dataset, labels, powerset):
+    for region in regions(dataset, labels, powerset, other_engine=other_engine):
         if region.base > region.threshold and empty == "best":
             low = high = 1.0
             listed, unsure = [region.best][:top], set()

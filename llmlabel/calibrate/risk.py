@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array, vstack
 
 from llmlabel.calibrate.bounds import ROUNDING, risk_p_values, rows_needed, upper_bound
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.written import with_set_ids
 from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
@@ -52,6 +53,8 @@ class RiskControl:
         mean_size: Labels said of a gold row on average.
         rows: Number of gold rows.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -68,6 +71,8 @@ class RiskControl:
     mean_size: float
     rows: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 class RiskCurve(NamedTuple):
@@ -78,7 +83,7 @@ class RiskCurve(NamedTuple):
     totals: Float[np.ndarray, " distinct"]
 
 
-def fit_risk(
+def fit_risk(  # noqa: PLR0913  # each is one plain choice
     dataset: Dataset,
     labels: LabelSpace,
     *,
@@ -88,6 +93,7 @@ def fit_risk(
     delta: float = 0.1,
     max_size: int | None = None,
     bound: Bound = "hoeffding_bentkus",
+    training: Dataset | None = None,
 ) -> RiskControl:
     """Fits the threshold that keeps the mean loss of new rows at most `alpha`.
 
@@ -117,13 +123,14 @@ def fit_risk(
         delta: For "rcps" and "ltt".
         max_size: For "size".
         bound: For losses between 0 and 1; "hoeffding" is the simpler and looser one.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the risk, gold rows were chosen
-            because they are uncertain, or no threshold can be certified.
+            because they are uncertain or were trained on, or no threshold can be certified.
     """
     _check(risk, method, bound, alpha=alpha, delta=delta, max_size=max_size)
-    probs, gold = gold_rows(dataset, labels)
+    probs, gold, source = gold_rows(dataset, labels, training)
     rows = probs.shape[0]
     binary = risk == "size" or (risk == "false_negative" and not labels.multilabel)
     bound_name = None if method == "crc" else "binomial" if binary else bound
@@ -157,6 +164,7 @@ def fit_risk(
         int((probs.data >= threshold).sum()) / rows,
         rows,
         labels.fingerprint,
+        *source,
     )
 
 
@@ -245,12 +253,25 @@ def _run(certified: Bool[np.ndarray, " tests"]) -> int:
 # ------------------------------------------------------------------------------------- prediction
 
 
-def predict_risk_sets(dataset: Dataset, labels: LabelSpace, control: RiskControl) -> Dataset:
+def predict_risk_sets(
+    dataset: Dataset,
+    labels: LabelSpace,
+    control: RiskControl,
+    *,
+    other_engine: OtherEngine = "refuse",
+) -> Dataset:
     """Adds `set_ids`, the labels whose probability is at least the threshold, most probable first.
 
+    Args:
+        dataset: New rows.
+        labels: The label space of the threshold.
+        control: What `fit_risk` gave.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If the threshold was fitted in another label space.
+        ValueError: If the threshold was fitted in another label space or on another model's labels.
     """
+    check_engines(dataset, control.engines, other_engine)
     return said_sets(dataset, labels, control.threshold, space=control.label_space)
 
 
@@ -283,11 +304,14 @@ def said_sets(
 # ------------------------------------------------------------------------------------------ input
 
 
-def gold_rows(dataset: Dataset, labels: LabelSpace) -> tuple[csr_array, csr_array]:
-    """Probabilities above 0, and which labels are true, of the rows whose gold is known."""
+def gold_rows(
+    dataset: Dataset, labels: LabelSpace, training: Dataset | None = None
+) -> tuple[csr_array, csr_array, tuple[tuple[str, ...], str]]:
+    """Probabilities above 0, which labels are true, and whose the rows are; those of known gold."""
     require_columns(dataset, "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     if not labels.multilabel:
         gold_index(dataset, labels)  # refuses several true labels
     probs = SoftLabels.from_dataset(dataset, labels).probs
@@ -301,9 +325,9 @@ def gold_rows(dataset: Dataset, labels: LabelSpace) -> tuple[csr_array, csr_arra
         )
         for start in range(0, len(dataset), size)
     ]
-    return probs, vstack(blocks, format="csr") if blocks else csr_array(
-        (0, len(labels)), dtype=bool
-    )
+    none = csr_array((0, len(labels)), dtype=bool)
+    gold = vstack(blocks, format="csr") if blocks else none
+    return probs, gold, fitted_on(dataset, labels, probs)
 
 
 def _stored_true(probs: csr_array, gold: csr_array) -> Bool[np.ndarray, " stored"]:

@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from llmlabel.files import write_text
 
 
 def save_calibrator(calibrator: Any, path: Path) -> Path:
-    """Writes a fitted dataclass of `llmlabel.calibrate` as JSON, with its type."""
+    """Writes a fitted dataclass of `llmlabel.calibrate` as JSON, with its type.
+
+    Raises:
+        ValueError: If it is none, or was fitted with a function as score and holds it.
+    """
     kind = f"{type(calibrator).__module__}.{type(calibrator).__qualname__}"
     _calibrator_type(kind, "")
-    value = TypeAdapter(type(calibrator)).dump_python(calibrator, mode="json")
+    try:
+        value = TypeAdapter(type(calibrator)).dump_python(calibrator, mode="json")
+    except PydanticSerializationError:
+        raise ValueError(
+            f"{kind} holds what JSON cannot, such as a function as score; take a score with a name, or "
+            "fit_conformal, which keeps the name of the function"
+        ) from None
     write_text(path, json.dumps({"type": kind, "value": value}, ensure_ascii=False))
     return path
 
@@ -30,7 +41,7 @@ def load_calibrator(path: Path) -> Any:
     """
     try:
         kept = json.loads(path.read_text("utf-8"))
-        kind, value = kept["type"], kept["value"]
+        kind, value = str(kept["type"]), kept["value"]
         return TypeAdapter(_calibrator_type(kind, f"{path}: ")).validate_json(json.dumps(value))
     except (
         json.JSONDecodeError,

@@ -22,6 +22,7 @@ from llmlabel.calibrate.corrections import (
     shared_temperature,
 )
 from llmlabel.calibrate.linear import GoldRows, row_of
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.temperature import MIN_ROWS
@@ -79,6 +80,8 @@ class Calibration:
             temperature, or the probability that they have.
         folds: Number of parts of the cross-validation.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     correction: Correction
@@ -90,6 +93,8 @@ class Calibration:
     labels_without_gold: int
     folds: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def calibrate_probs(
@@ -99,6 +104,7 @@ def calibrate_probs(
     method: Method | Literal["auto"] = "auto",
     folds: int = 5,
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> Calibration:
     """Fits a correction of the soft labels on gold rows; `apply_calibration` corrects others.
 
@@ -117,10 +123,11 @@ def calibrate_probs(
         method: Which, or "auto".
         folds: Parts of the cross-validation; each label's gold rows are spread over all of them.
         seed: Of the parts, which depend on the ids and not on the order of the rows.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
         ValueError: Fewer than 10 usable rows, or `folds`; a method that does not fit the label
-            space or its size; rows whose `split` is "test".
+            space or its size; rows whose `split` is "test"; gold rows that were trained on.
     """
     if method != "auto" and method not in get_args(Method):
         raise ValueError(f"method must be auto or {', '.join(get_args(Method))}; got {method}")
@@ -131,7 +138,8 @@ def calibrate_probs(
     skipped = {name: reason for name in get_args(Method) if (reason := _misfit(name, labels))}
     if method in skipped:
         raise ValueError(f"method {method} cannot be used: {skipped[method]}")
-    gold, part = _read(dataset, labels, folds=folds, seed=seed)
+    refuse_trained(with_gold(dataset), training)
+    gold, part, source = _read(dataset, labels, folds=folds, seed=seed)
     if method == "auto":
         for name, fewest in FEWEST_ROWS.items():
             if len(part) < fewest:
@@ -160,23 +168,37 @@ def calibrate_probs(
         int((~gold.seen()).sum()),
         folds,
         labels.fingerprint,
+        *source,
     )
 
 
-def apply_calibration(dataset: Dataset, labels: LabelSpace, calibration: Calibration) -> Dataset:
+def apply_calibration(
+    dataset: Dataset,
+    labels: LabelSpace,
+    calibration: Calibration,
+    *,
+    other_engine: OtherEngine = "refuse",
+) -> Dataset:
     """Corrects the soft labels of every row; each row of a single-label space keeps its sum.
 
     What a row does not store stays so. "venn_abers" also adds `label_low` and `label_high`, the
     interval of each probability in the order of `label_ids`: wide where gold rows say little.
 
+    Args:
+        dataset: The rows.
+        labels: The label space of the fit.
+        calibration: What `calibrate_probs` gave.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If the calibration was fitted in another label space.
+        ValueError: If the calibration was fitted in another label space or on another model's labels.
     """
     if calibration.label_space != labels.fingerprint:
         raise ValueError(
             f"the calibration was fitted in label space {calibration.label_space}, but the label "
             f"space given is {labels.fingerprint}; fit it again on gold rows of this one"
         )
+    check_engines(dataset, calibration.engines, other_engine)
     soft = SoftLabels.from_dataset(dataset, labels)
     probs = _stored(soft.probs)
     fit, multilabel = calibration.correction, labels.multilabel
@@ -237,8 +259,8 @@ def _with(probs: csr_array, values: Float[np.ndarray, " stored"]) -> csr_array:
 
 def _read(
     dataset: Dataset, labels: LabelSpace, *, folds: int, seed: int
-) -> tuple[GoldRows, Int[np.ndarray, " rows"]]:
-    """The usable gold rows, in an order that depends on their ids only, and the fold of each."""
+) -> tuple[GoldRows, Int[np.ndarray, " rows"], tuple[tuple[str, ...], str]]:
+    """The usable gold rows, in an order that depends on their ids only, the fold of each, and whose."""
     known = with_gold(dataset)
     refuse_routed(known)
     probs = _stored(SoftLabels.from_dataset(known, labels).probs)
@@ -261,7 +283,8 @@ def _read(
     order = np.lexsort((uniforms, first))  # label by label, so that each is spread over all folds
     order = order[usable[order]]
     gold = GoldRows(probs, _with(probs, hits * 1.0), labels.multilabel).take(order)
-    return gold, np.arange(len(order)) % folds
+    source = fitted_on(known.select(order), labels, gold.probs)
+    return gold, np.arange(len(order)) % folds, source
 
 
 def _held_out(

@@ -19,10 +19,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Value
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import binom
 
 from llmlabel.calibrate.bounds import binomial_upper, rows_needed
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.files import arrow_table, in_memory
@@ -51,6 +52,8 @@ class Selective:
         kept: Share of the tested gold rows that it keeps.
         rows: Tested gold rows.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -63,6 +66,8 @@ class Selective:
     kept: float
     rows: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def fit_selective(
@@ -73,6 +78,7 @@ def fit_selective(
     delta: float = 0.1,
     confidence: str = "probability",
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> Selective:
     """Fits the lowest threshold above which at most a share `target` of labels is proven wrong.
 
@@ -97,16 +103,17 @@ def fit_selective(
             `set_ids` the surer, and none is the least sure; or a column of numbers, higher is
             surer, such as `p_value`. Sets and p-values must come from other gold rows.
         seed: Of the draw of the fifth.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
         ValueError: If an argument is out of range, gold rows were chosen because they are
-            uncertain, or no threshold can be certified.
+            uncertain or were trained on, or no threshold can be certified.
     """
     for name, share in (("target", target), ("delta", delta)):
         if not 0 < share < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1; got {share}")
 
-    rows = _gold_rows(dataset, labels, confidence)
+    rows = _gold_rows(dataset, labels, confidence, training)
     choosing = row_uniforms(rows.ids, seed=seed) < _START_SHARE
     tested = ~choosing
     count = int(tested.sum())
@@ -122,20 +129,16 @@ def fit_selective(
     )
     if found is None:
         kept = tested & (rows.confidence >= start)
-        raise ValueError(
-            f"cannot certify error <= {target}: {int(rows.wrong[kept].sum())} of the "
-            f"{int(kept.sum())} most confident gold rows are wrong (label more rows, or allow a larger "
-            "target or delta)"
+        why = (
+            f"{int(rows.wrong[kept].sum())} of the {int(kept.sum())} most confident gold rows are wrong"
+            if kept.any()
+            else f"none of the {count} gold rows to test is as confident as {start:g}, the first threshold"
         )
-    return _result(
-        rows,
-        tested,
-        found,
-        confidence=confidence,
-        bound=target,
-        delta=delta,
-        space=labels.fingerprint,
-    )
+        raise ValueError(
+            f"cannot certify error <= {target}: {why} (label more rows, or allow a larger target or "
+            "delta)"
+        )
+    return _result(rows, tested, confidence, (found, target, delta), labels)
 
 
 def fit_budget(
@@ -146,6 +149,7 @@ def fit_budget(
     people: int,
     delta: float = 0.1,
     confidence: str = "probability",
+    training: Dataset | None = None,
 ) -> Selective:
     """Sends the `people` least confident rows of a pool to people, and bounds the error of the rest.
 
@@ -160,10 +164,11 @@ def fit_budget(
         people: Rows that people can answer.
         delta: Share of draws of gold rows for which the bound may fail.
         confidence: As in `fit_selective`.
+        training: As in `fit_selective`.
 
     Raises:
         ValueError: If an argument is out of range, gold rows were chosen because they are
-            uncertain, or a row of the pool is a gold row.
+            uncertain or were trained on, or a row of the pool is a gold row.
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie strictly between 0 and 1; got {delta}")
@@ -173,7 +178,7 @@ def fit_budget(
         raise ValueError(
             f"people must be from 0 to {len(pool) - 1}, as the pool has {len(pool)} rows; got {people}"
         )
-    rows = _gold_rows(dataset, labels, confidence)
+    rows = _gold_rows(dataset, labels, confidence, training)
     require_columns(pool, "id")
     if both := set(rows.ids) & set(pool["id"][:]):
         raise ValueError(
@@ -191,24 +196,22 @@ def fit_budget(
         )
     bound = binomial_upper(int(rows.wrong[kept].sum()), int(kept.sum()), delta=delta)
     every = np.ones(len(kept), dtype=bool)
-    return _result(
-        rows,
-        every,
-        threshold,
-        confidence=confidence,
-        bound=bound,
-        delta=delta,
-        space=labels.fingerprint,
-    )
+    return _result(rows, every, confidence, (threshold, bound, delta), labels)
 
 
 def route(
-    dataset: Dataset, labels: LabelSpace, selective: Selective, *, audit: float = 0.0, seed: int = 0
+    dataset: Dataset,
+    labels: LabelSpace,
+    selective: Selective,
+    *,
+    audit: float = 0.0,
+    seed: int = 0,
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `route`: "model" keeps the row's label, "person" and "audit" go to a person.
 
-    "person" rows are less confident than the threshold. "audit" rows are drawn from all rows by their ids, whatever their confidence: only their answers may be
-    used to calibrate again.
+    "person" rows are less confident than the threshold. "audit" rows are drawn from all rows by their
+    ids, whatever their confidence: only their answers may be used to calibrate again.
 
     Args:
         dataset: Rows with what the confidence needs.
@@ -216,9 +219,11 @@ def route(
         selective: The fitted threshold.
         audit: Share of all rows that is drawn.
         seed: Of that draw.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
 
     Raises:
-        ValueError: If `audit` is no share, or the threshold was fitted in another label space.
+        ValueError: If `audit` is no share, or the threshold was fitted in another label space or on
+            another model's labels.
     """
     if not 0 <= audit < 1:
         raise ValueError(f"audit must be a share of at least 0 and below 1; got {audit}")
@@ -227,7 +232,7 @@ def route(
             f"the threshold was fitted in label space {selective.label_space}, but the label space "
             f"given is {labels.fingerprint}; fit it again on gold rows of this one"
         )
-
+    check_engines(dataset, selective.engines, other_engine)
     require_columns(dataset, "id")
     sure = confidences(dataset, labels, selective.confidence) >= selective.threshold
     drawn = row_uniforms((f"audit/{id}" for id in dataset["id"][:]), seed=seed) < audit
@@ -245,8 +250,8 @@ def refuse_routed(dataset: Dataset) -> None:
     counts = Counter(with_gold(dataset)["route"][:])
     if unknown := set(counts) - {MODEL, PERSON, AUDIT, None}:
         raise ValueError(
-            f"the column 'route' holds {min(unknown, key=str)!r}, but means {MODEL}, {PERSON}, {AUDIT} or null; "
-            "rename it"
+            f"the column 'route' holds {min(unknown, key=str)!r}, but means {MODEL}, {PERSON}, "
+            f"{AUDIT} or null; rename it"
         )
     if biased := counts[PERSON] + counts[MODEL]:
         raise ValueError(
@@ -311,11 +316,7 @@ def selective_threshold(
     The hypothesis at a threshold is that rows above it are wrong more often than `target`. `start`
     must not come from these rows.
     """
-    order = np.argsort(-confidence, kind="stable")
-    falling = confidence[order]
-    last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[: len(falling)])
-    errors, counts = np.cumsum(wrong[order])[last], last + 1
-    thresholds = falling[last]
+    thresholds, errors, counts = _steps(confidence, wrong)
     above = thresholds >= start
     first = int(above.sum())  # thresholds at or above the start: its own state
     own_errors, own_count = (errors[first - 1], counts[first - 1]) if first else (0, 0)
@@ -335,13 +336,20 @@ def first_threshold(
     confidence: Float[np.ndarray, " rows"], wrong: Bool[np.ndarray, " rows"], *, target: float
 ) -> float:
     """The threshold with the strongest evidence, in these rows, that the rows above it are good."""
+    thresholds, errors, counts = _steps(confidence, wrong)
+    if not len(thresholds):
+        return -math.inf
+    return float(thresholds[int(np.argmin(binom.cdf(errors, counts, target)))])
+
+
+def _steps(
+    confidence: Float[np.ndarray, " rows"], wrong: Bool[np.ndarray, " rows"]
+) -> tuple[Float[np.ndarray, " steps"], Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
+    """The distinct confidences, falling; wrong rows and rows that are at least as confident."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
     last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[: len(falling)])
-    if not len(last):
-        return -math.inf
-    tails = binom.cdf(np.cumsum(wrong[order])[last], last + 1, target)
-    return float(falling[last[int(np.argmin(tails))]])
+    return falling[last], np.cumsum(wrong[order])[last], last + 1
 
 
 # ------------------------------------------------------------------------------------------ input
@@ -353,9 +361,12 @@ class _Rows(NamedTuple):
     ids: list[str]
     confidence: Float[np.ndarray, " rows"]
     wrong: Bool[np.ndarray, " rows"]
+    source: tuple[tuple[str, ...], str]
 
 
-def _gold_rows(dataset: Dataset, labels: LabelSpace, confidence: str) -> _Rows:
+def _gold_rows(
+    dataset: Dataset, labels: LabelSpace, confidence: str, training: Dataset | None
+) -> _Rows:
     if labels.multilabel:
         raise ValueError(
             "a row is right or wrong in a label space of one label a row; this one is multi-label "
@@ -364,34 +375,25 @@ def _gold_rows(dataset: Dataset, labels: LabelSpace, confidence: str) -> _Rows:
     require_columns(dataset, "id", "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     id_ranks(dataset)  # refuses repeated ids, which would be drawn together
     soft = SoftLabels.from_dataset(dataset, labels)
     best = np.full(len(dataset), -2)  # no label, which is wrong
     top = soft.top(1).probs
     best[np.diff(top.indptr) > 0] = top.indices
     sure = confidences(dataset, labels, confidence)
-    return _Rows(dataset["id"][:], sure, best != gold_index(dataset, labels))
+    wrong = best != gold_index(dataset, labels)
+    return _Rows(dataset["id"][:], sure, wrong, fitted_on(dataset, labels, soft.probs))
 
 
 def _result(
     rows: _Rows,
     tested: Bool[np.ndarray, " rows"],
-    threshold: float,
-    *,
     confidence: str,
-    bound: float,
-    delta: float,
-    space: str,
+    promise: tuple[float, float, float],
+    labels: LabelSpace,
 ) -> Selective:
-    kept = tested & (rows.confidence >= threshold)
-    count = int(tested.sum())
-    return Selective(
-        confidence,
-        threshold,
-        bound,
-        delta,
-        error=int(rows.wrong[kept].sum()) / int(kept.sum()),
-        kept=int(kept.sum()) / count,
-        rows=count,
-        label_space=space,
-    )
+    kept = tested & (rows.confidence >= promise[0])
+    count, left = int(tested.sum()), int(kept.sum())
+    measured = int(rows.wrong[kept].sum()) / left, left / count, count
+    return Selective(confidence, *promise, *measured, labels.fingerprint, *rows.source)

@@ -8,7 +8,6 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -17,9 +16,18 @@ from datasets import Dataset, Value
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 
-from llmlabel.calibrate.quantile import row_uniforms
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    data_sha,
+    engines_of,
+    one_of,
+    refuse_trained,
+)
+from llmlabel.calibrate.quantile import fewest_scores, row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
+from llmlabel.calibrate.tuning import with_settings
 from llmlabel.calibrate.written import with_cut_sets
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.files import arrow_table
@@ -50,6 +58,8 @@ class WeightedConformal:
         column: Column of the weights.
         seed: Seed of the uniform numbers of randomised scores.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows (the column `engine`).
+        data_sha: Hash of ids, gold and soft labels of the gold rows, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -62,6 +72,8 @@ class WeightedConformal:
     column: str
     seed: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def add_shift_weights(
@@ -95,6 +107,7 @@ def add_shift_weights(
         ValueError: If a row is both in `calibration` and `new`, or there are too few rows for the
             folds.
     """
+    one_of("features", features, Literal["label_probs", "vector"])
     if folds < 2:
         raise ValueError(f"folds must be at least 2; got {folds}")
     parts = [_by_id(rows) for rows in (calibration, new)]
@@ -130,6 +143,7 @@ def fit_weighted_conformal(
     score: Score | Nonconformity = "lac",
     column: str = "shift_weight",
     seed: int = 0,
+    training: Dataset | None = None,
 ) -> WeightedConformal:
     """Keeps scores and weights of the gold rows, for sets that miss at most `alpha` of shifted rows.
 
@@ -144,11 +158,13 @@ def fit_weighted_conformal(
         score: Nonconformity score, or a `Nonconformity` with its settings.
         column: The weights, up to a common factor; `add_shift_weights` estimates them.
         seed: Of randomised scores.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
         ValueError: If `alpha` is not between 0 and 1, the weights leave fewer than
             ceil(1 / alpha) - 1 effective rows, too few soft labels store the true label, a weight is
-            negative or not finite, a row has several gold labels, or the label space is multi-label.
+            negative or not finite, a row has several gold labels or was trained on, or the label
+            space is multi-label.
 
     Warns:
         UserWarning: If so few effective rows are left that the coverage of this fit may be off by
@@ -163,8 +179,9 @@ def fit_weighted_conformal(
     require_columns(dataset, "id", "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     weights = _weights(dataset, column)
-    needed = math.ceil(1 / Fraction(repr(float(alpha)))) - 1
+    needed = fewest_scores(alpha)
     effective = effective_rows(weights)
     if effective < needed * (1 - _ROUNDING):
         raise ValueError(
@@ -180,10 +197,11 @@ def fit_weighted_conformal(
             "new ones",
             stacklevel=2,
         )
-    how = score if isinstance(score, Nonconformity) else Nonconformity(score)
+    how = with_settings(score)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     uniforms = row_uniforms(dataset["id"][:], seed=seed)
-    scores = true_scores(probs, gold_index(dataset, labels), how, uniforms)
+    gold = gold_index(dataset, labels)
+    scores = true_scores(probs, gold, how, uniforms)
     share = float(weights[np.isfinite(scores)].sum() / weights.sum())
     if share < 1 - alpha:
         raise ValueError(
@@ -200,25 +218,38 @@ def fit_weighted_conformal(
         column=column,
         seed=seed,
         label_space=labels.fingerprint,
+        engines=engines_of(dataset),
+        data_sha=data_sha(dataset["id"][:], gold, probs),
     )
 
 
 def predict_weighted_sets(
-    dataset: Dataset, labels: LabelSpace, fitted: WeightedConformal
+    dataset: Dataset,
+    labels: LabelSpace,
+    fitted: WeightedConformal,
+    *,
+    other_engine: OtherEngine = "refuse",
 ) -> Dataset:
     """Adds `set_ids`, the labels whose score is at most the row's own threshold, most probable first.
 
     A row that weighs so much that the gold rows cannot carry it has every label.
 
+    Args:
+        dataset: New rows, with weights.
+        labels: The label space of the scores.
+        fitted: What `fit_weighted_conformal` gave.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If it was fitted in another label space, or a weight is missing, negative or not
-            finite.
+        ValueError: If it was fitted in another label space or on another model's soft labels, or a
+            weight is missing, negative or not finite.
     """
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the weighted scores are of label space {fitted.label_space}, but the label space given "
             f"is {labels.fingerprint}; fit them again on gold rows of this one"
         )
+    check_engines(dataset, fitted.engines, other_engine)
     require_columns(dataset, "id")
     limits = weighted_thresholds(
         np.array(fitted.scores),

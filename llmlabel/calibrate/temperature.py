@@ -9,6 +9,7 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -31,6 +32,8 @@ class Temperature:
         nll_after: The same at `value`.
         rows: Number of rows fitted on.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     value: float
@@ -38,6 +41,8 @@ class Temperature:
     nll_after: float
     rows: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def scale(probs: csr_array, temperature: float) -> csr_array:
@@ -96,7 +101,9 @@ def best_temperature(nll: Callable[[float], float]) -> float:
     return value if nll(value) < nll(1.0) else 1.0
 
 
-def fit_temperature(dataset: Dataset, labels: LabelSpace) -> Temperature:
+def fit_temperature(
+    dataset: Dataset, labels: LabelSpace, *, training: Dataset | None = None
+) -> Temperature:
     """Fits the temperature between 0.05 and 20 under which gold labels are most likely.
 
     Rows without a soft label or without a gold label say nothing about confidence and are left out
@@ -104,12 +111,18 @@ def fit_temperature(dataset: Dataset, labels: LabelSpace) -> Temperature:
     temperature is better than 1, it is 1. In a multi-label space all labels share the temperature,
     which divides their log-odds.
 
+    Args:
+        dataset: The gold rows.
+        labels: Their label space.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
+
     Raises:
-        ValueError: With fewer than 10 usable rows.
+        ValueError: With fewer than 10 usable rows, or gold rows that were trained on.
     """
     require_columns(dataset, "gold")
     known = with_gold(dataset)
     refuse_routed(known)
+    refuse_trained(known, training)
     probs = SoftLabels.from_dataset(known, labels).probs
     usable = np.diff(probs.indptr) > 0
     if labels.multilabel:
@@ -135,20 +148,34 @@ def fit_temperature(dataset: Dataset, labels: LabelSpace) -> Temperature:
             f"{rows} of {len(dataset)} rows have both"
         )
     value = best_temperature(nll)
-    return Temperature(value, nll(1.0), nll(value), rows, labels.fingerprint)
+    source = fitted_on(known.select(np.flatnonzero(usable)), labels, probs)
+    return Temperature(value, nll(1.0), nll(value), rows, labels.fingerprint, *source)
 
 
-def apply_temperature(dataset: Dataset, labels: LabelSpace, temperature: Temperature) -> Dataset:
+def apply_temperature(
+    dataset: Dataset,
+    labels: LabelSpace,
+    temperature: Temperature,
+    *,
+    other_engine: OtherEngine = "refuse",
+) -> Dataset:
     """Scales the soft labels of every row; the order of the labels of a row stays.
 
+    Args:
+        dataset: The rows.
+        labels: The label space of the fit.
+        temperature: What `fit_temperature` gave.
+        other_engine: "allow" takes soft labels of another model, for which nothing is promised.
+
     Raises:
-        ValueError: If the temperature was fitted in another label space.
+        ValueError: If the temperature was fitted in another label space or on another model's labels.
     """
     if temperature.label_space != labels.fingerprint:
         raise ValueError(
             f"the temperature was fitted in label space {temperature.label_space}, but the label "
             f"space given is {labels.fingerprint}; fit it again on gold rows of this one"
         )
+    check_engines(dataset, temperature.engines, other_engine)
     soft = SoftLabels.from_dataset(dataset, labels)
     scaled = (scale_odds if labels.multilabel else scale)(soft.probs, temperature.value)
     return SoftLabels(scaled, soft.space, soft.multilabel).add_to(dataset)

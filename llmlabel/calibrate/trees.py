@@ -20,7 +20,9 @@ from jaxtyping import Bool
 from scipy.sparse import csr_array
 
 from llmlabel.calibrate.cuts import Tree
-from llmlabel.calibrate.quantile import conformal_quantile
+from llmlabel.calibrate.pac import not_stored
+from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.labelspace import LabelSpace, graph
@@ -39,9 +41,11 @@ class Subtrees:
     Attributes:
         alpha: Share of new rows whose set may miss the true label.
         subtrees: Nodes that a set is the union of at most.
-        threshold: Infinite where the gold rows cannot carry `alpha`: then a set is the whole space.
+        threshold: A probability.
         rows: Number of gold rows, those whose gold is none of the labels included.
         label_space: Fingerprint of the label space.
+        engines: Who made the soft labels of the gold rows.
+        data_sha: Hash of their ids, gold and soft labels, in any order.
     """
 
     __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # JSON has no infinity
@@ -51,10 +55,17 @@ class Subtrees:
     threshold: float
     rows: int
     label_space: str
+    engines: tuple[str, ...] = ()
+    data_sha: str = ""
 
 
 def fit_subtrees(
-    dataset: Dataset, labels: LabelSpace, *, alpha: float = 0.1, subtrees: int = 1
+    dataset: Dataset,
+    labels: LabelSpace,
+    *,
+    alpha: float = 0.1,
+    subtrees: int = 1,
+    training: Dataset | None = None,
 ) -> Subtrees:
     """Fits sets of at most `subtrees` nodes that hold the true label of 1 - `alpha` of new rows.
 
@@ -73,9 +84,10 @@ def fit_subtrees(
         labels: A single-label space; a label may have several parents.
         alpha: Share of misses allowed.
         subtrees: Nodes in a set; the whole space counts as one.
+        training: Rows that a model was trained on; gold rows with the same id and text are refused.
 
     Raises:
-        ValueError: If a setting is out of range, or there are too few rows.
+        ValueError: If a setting is out of range, rows or labels stored too few, or rows trained on.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
@@ -85,6 +97,7 @@ def fit_subtrees(
     require_columns(dataset, "gold")
     dataset = with_gold(dataset)
     refuse_routed(dataset)
+    refuse_trained(dataset, training)
     gold = gold_index(dataset, labels)
     scores = np.full(len(gold), np.inf)  # of a row whose gold is none of the labels
     for row, family in enumerate(_families(dataset, labels, subtrees)):
@@ -95,24 +108,33 @@ def fit_subtrees(
                     break
                 scores[row] = probability
     threshold = conformal_quantile(scores, alpha)
-    needed = next(n for n in range(1, 10**9) if conformal_quantile(np.zeros(n), alpha) == 0)
-    if len(gold) < needed:
+    if len(gold) < (needed := fewest_scores(alpha)):
         raise ValueError(
             f"cannot certify: alpha={alpha} needs n >= {needed} gold rows; there are {len(gold)} "
             "(label more rows, or allow a larger alpha)"
         )
-    return Subtrees(alpha, subtrees, threshold, len(gold), labels.fingerprint)
+    probs = csr_array(SoftLabels.from_dataset(dataset, labels).probs)
+    stored = np.array([label in _row(probs, row) for row, label in enumerate(gold.tolist())])
+    whole = probs.sum(axis=1).max() - 1e-6  # from there on every set is the whole space
+    lost = conformal_quantile(np.where(stored, 0.0, math.inf), alpha) == math.inf
+    if lost and threshold >= max(whole, 1e-6):
+        raise ValueError(not_stored(f"alpha={alpha}", stored, gold))
+    whose = fitted_on(dataset, labels, probs)
+    return Subtrees(alpha, subtrees, threshold, len(gold), labels.fingerprint, *whose)
 
 
-def predict_subtrees(dataset: Dataset, labels: LabelSpace, fitted: Subtrees) -> Dataset:
+def predict_subtrees(
+    dataset: Dataset, labels: LabelSpace, fitted: Subtrees, *, other_engine: OtherEngine = "refuse"
+) -> Dataset:
     """Adds `set_nodes`, and `set_ids`: these nodes and every label below them, most probable first.
 
-    The whole space is written as all its roots, however many.
+    The whole space is written as all its roots. other_engine="allow" takes another model's labels.
 
     Raises:
-        ValueError: If the threshold was fitted in another label space.
+        ValueError: If the threshold was fitted in another label space or on another model's labels.
     """
     _check_single(labels)
+    check_engines(dataset, fitted.engines, other_engine)
     if fitted.label_space != labels.fingerprint:
         raise ValueError(
             f"the threshold was fitted in label space {fitted.label_space}, but the label space "
@@ -124,8 +146,7 @@ def predict_subtrees(dataset: Dataset, labels: LabelSpace, fitted: Subtrees) -> 
         nodes, inside, _ = next(s for s in family if s[2] > fitted.threshold or math.isinf(s[2]))
         own = _row(probs, row)
         set_nodes.append(sorted(nodes))
-        rest = sorted(inside - own.keys())
-        set_ids.append(sorted(inside & own.keys(), key=lambda label: (-own[label], label)) + rest)
+        set_ids.append(sorted(inside, key=lambda label: (-own.get(label, -1.0), label)))
     return with_columns(dataset, {"set_ids": (set_ids, _IDS), "set_nodes": (set_nodes, _IDS)})
 
 
@@ -133,12 +154,22 @@ def add_nodes(dataset: Dataset, labels: LabelSpace) -> Dataset:
     """Adds `set_nodes`: the labels of `set_ids` as the fewest nodes that stand for no other leaf.
 
     A node stands for itself and all below it. It takes the place of its children where each of them
-    is in the set, so no true label is lost; an inner label of the set brings in what is below it.
+    is in the set, so no true label is lost; an inner label of the set brings in what is below it. A
+    row without a set has no nodes.
+
+    Raises:
+        ValueError: If a set holds what is no position of a label.
     """
     require_columns(dataset, "set_ids")
+    sets = [some or [] for some in dataset["set_ids"][:]]
+    if outside := [id for some in sets for id in some if not 0 <= id < len(labels)]:
+        raise ValueError(
+            f"set_ids holds {outside[0]}, but the labels are 0 to {len(labels) - 1}; predict sets in "
+            "this label space"
+        )
     place = {label: rank for rank, label in enumerate(labels.topological)}
     found = []
-    for ids in dataset["set_ids"][:]:
+    for ids in sets:
         full = set(ids)
         above = {node for label in ids for node in labels.ancestors[label]}
         for node in sorted(above - full, key=place.__getitem__, reverse=True):
@@ -181,10 +212,8 @@ def _family(
         new = {node: below(node) - inside for node in wider}
         gain = {node: sum(own.get(label, 0.0) for label in sorted(new[node])) for node in wider}
         # A parent whose labels are all inside costs nothing: the set is the same, with fewer nodes.
-        node = max(
-            sorted(wider),
-            key=lambda node: gain[node] / len(new[node]) if new[node] else math.inf,
-        )
+        rate = {node: gain[node] / len(new[node]) if new[node] else math.inf for node in wider}
+        node = max(sorted(wider), key=rate.__getitem__)
         nodes = [*(other for other in nodes if other not in below(node)), node]
         inside = inside | new[node]
     yield list(labels.roots), set(range(len(labels))), math.inf
@@ -225,9 +254,14 @@ def json_tree(text: str, tokens: Tokens = ()) -> Tree:
     An object is decided by its keys, an array by its length, anything else by its value.
 
     Raises:
-        ValueError: If the text is no JSON.
+        ValueError: If the text is no JSON, or has a key twice in one object.
     """
-    json.loads(text)
+    try:
+        json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the text is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("the text is nested too deeply to be read as JSON") from None
     nodes: list[tuple[int, str, tuple[int, int]]] = []
     start = _skip(text, 0)
     _json_value(text, start, -1, "", nodes)
@@ -242,8 +276,10 @@ def python_tree(text: str, tokens: Tokens = ()) -> Tree:
     arguments) belongs to the node above.
 
     Raises:
-        ValueError: If the text is no Python program.
+        ValueError: If the text is no Python program, or has a carriage return as a line end.
     """
+    if "\r" in text.replace("\r\n", ""):
+        raise ValueError("a carriage return ends a line; write line ends as \\n")
     try:
         module = ast.parse(text)
     except SyntaxError as error:
@@ -314,6 +350,16 @@ def _json_value(
             at, step = _skip(text, at), json.dumps(key)
         at = _skip(text, _json_value(text, at, place, f"{path}/{step}", nodes))
     return end
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys are the places of its fields."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} more than once")
+    return found
 
 
 def _skip(text: str, at: int) -> int:

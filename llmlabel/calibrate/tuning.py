@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores, row_uniforms
-from llmlabel.calibrate.scores import Nonconformity, sets_of, true_scores
+from llmlabel.calibrate.scores import Nonconformity, Score, sets_of, true_scores
 from llmlabel.data import gold_index
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
@@ -20,6 +20,23 @@ TUNED = ("raps", "saps")
 
 _PENALTIES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Tried where `penalty` is left out."""
+
+
+def with_settings(score: Score | Nonconformity) -> Nonconformity:
+    """The score itself, or the one of a name that needs no settings.
+
+    Raises:
+        ValueError: If it is the name "raps" or "saps": without a penalty the one is "aps", and in
+            the other all ranks but the first are equal. Only `fit_conformal` chooses settings.
+    """
+    if isinstance(score, Nonconformity):
+        return score
+    if score in TUNED:
+        raise ValueError(
+            f"score {score!r} needs its settings here, as nothing chooses them: give "
+            f"Nonconformity({score!r}, penalty=...), with those that fit_conformal chose"
+        )
+    return Nonconformity(score)
 
 
 def tuning_fold(ids: list[str], share: float, seed: int) -> Bool[np.ndarray, " rows"]:

@@ -107,8 +107,9 @@ def label_pruned(
 ) -> Dataset:
     """`label_direct` where a row has several candidates; a row with one keeps its soft label.
 
-    That is the soft label of the cheap classifier, with its `engine`; a row without one gets all
-    probability on its candidate. `error` says nothing there.
+    That is the soft label of the cheap classifier, with its `engine`. A row without one, or whose
+    candidate is not its most probable label (sets with a threshold for each class), gets all
+    probability on its candidate: the answer is in the set that promises. `error` says nothing there.
 
     Args:
         dataset: Rows with `candidates`.
@@ -134,7 +135,7 @@ def label_pruned(
     values = {name: _given(dataset, name) for name in LABEL_COLUMNS}
     for row, some in enumerate(lists):
         if len(some) == 1:
-            if not values["label_ids"][row]:
+            if (values["label_ids"][row] or [])[:1] != some:
                 values["label_ids"][row], values["label_probs"][row] = some, [1.0]
             values["label_space"][row] = labels.fingerprint
             values["error"][row] = None
@@ -176,7 +177,12 @@ def measure_pruning(
         alpha: What the sets promise, `Conformal.alpha`.
         prompt: See `label_direct`.
         demonstrations: See `label_direct`.
+
+    Raises:
+        ValueError: If `alpha` is not between 0 and 1.
     """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie strictly between 0 and 1; got {alpha}")
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 

@@ -21,6 +21,7 @@ from llmlabel.calibrate.diagnostics import Slice
 from llmlabel.calibrate.drift import Drift
 from llmlabel.calibrate.exchangeability import Exchangeability
 from llmlabel.calibrate.groups import GroupConformal
+from llmlabel.calibrate.noise import NoisyConformal
 from llmlabel.files import arrow_table, commit
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
@@ -51,7 +52,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     baselines: dict[str, str] | None = None,
     split: str | None = "test",
     title: str = "llmlabel report",
-    conformal: Conformal | GroupConformal | None = None,
+    conformal: Conformal | GroupConformal | NoisyConformal | None = None,
     model: Path | None = None,
     taxonomy: Taxonomy | list[dict[str, Any]] | None = None,
     suspects: Dataset | None = None,

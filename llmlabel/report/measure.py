@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from llmlabel import metrics
 from llmlabel.calibrate.conformal import Conformal
 from llmlabel.calibrate.groups import GroupConformal
+from llmlabel.calibrate.noise import NoisyConformal
 from llmlabel.data import gold_index, gold_matrix, plain_words, require_columns
 from llmlabel.labelspace import LabelSpace, graph
 from llmlabel.softlabels import SoftLabels
@@ -38,7 +39,7 @@ class Run:
     student: str
     befores: dict[str, str]
     split: str | None
-    conformal: Conformal | GroupConformal | None
+    conformal: Conformal | GroupConformal | NoisyConformal | None
     measured: Int[np.ndarray, " measured"]
     """Rows of the split."""
     rows: Int[np.ndarray, " gold_rows"]
@@ -84,7 +85,7 @@ def gather(
     student: str,
     befores: dict[str, str],
     split: str | None,
-    conformal: Conformal | GroupConformal | None,
+    conformal: Conformal | GroupConformal | NoisyConformal | None,
 ) -> Run:
     """Checks that the sources fit together, and brings their rows into one order."""
     if not sources:

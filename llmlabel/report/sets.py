@@ -21,6 +21,7 @@ from llmlabel.calibrate.diagnostics import (
 from llmlabel.calibrate.drift import Drift
 from llmlabel.calibrate.exchangeability import Exchangeability, permutation_test
 from llmlabel.calibrate.groups import GroupConformal
+from llmlabel.calibrate.noise import NoisyConformal
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.labelspace import LabelSpace
@@ -105,7 +106,7 @@ def monitored(
     return None if sets is None else found
 
 
-def fitted(conformal: Conformal | GroupConformal) -> dict[str, Any]:
+def fitted(conformal: Conformal | GroupConformal | NoisyConformal) -> dict[str, Any]:
     """How the sets were made, without what is as long as the data."""
     fields = asdict(conformal)
     fields |= fields.pop("how", {})
@@ -213,7 +214,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _promise(run: Run, conformal: Conformal | GroupConformal) -> dict[str, Any]:
+def _promise(run: Run, conformal: Conformal | GroupConformal | NoisyConformal) -> dict[str, Any]:
     """What breaks it or bounds it, as far as the report can see."""
     if isinstance(conformal, GroupConformal):
         names = dict(zip(run.labels.ids, measure.names_of(run.labels), strict=True))
@@ -231,6 +232,21 @@ def _promise(run: Run, conformal: Conformal | GroupConformal) -> dict[str, Any]:
             "without_guarantee": len(without),
             "levels": dict(Counter(one.level for one in without)),
             "every_label": sum(math.isinf(one.value) for one in conformal.thresholds),
+        }
+    if isinstance(conformal, NoisyConformal):
+        return {
+            "wrong": conformal.wrong,
+            "pseudo_rows": conformal.rows,
+            "noise_rows": conformal.gold_rows,
+            "delta": conformal.delta,
+            "corrected": {
+                **{"threshold": conformal.threshold, "coverage": conformal.coverage},
+                "guaranteed": conformal.guaranteed,
+            },
+            "plain": {
+                **{"threshold": conformal.plain_threshold, "coverage": conformal.plain_coverage},
+                "guaranteed": conformal.plain_guaranteed,
+            },
         }
     engines = sorted({one for one in values_of(run.table, "engine") if one is not None})
     there = set(np.flatnonzero(calibration_rows(run.table, conformal)).tolist())

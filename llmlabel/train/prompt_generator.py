@@ -6,12 +6,12 @@ to draw the prompt of a text's domain from noise and the text's vector, so that 
 nobody has labelled get prompts too. No label enters stage II.
 
 Differs from the paper: texts for images, with a sentence encoder as both towers and the mean of its
-tokens as vectors;
-layer norm, so that rows that share a batch do not change each other, where the paper has batch norm;
-Tanh reaches around the mean of the domains' prompts as far as these go, where the paper has -1 to 1;
-both networks are updated at once, where the paper takes turns, and gradients are cut as a whole; a
-text's prompt is the mean of a few draws from noise that is the same for all texts, so that predictions
-repeat; the epochs of both stages are fixed.
+tokens as vectors; layer norm, so that rows that share a batch do not change each other, where the
+paper has batch norm; Tanh reaches around the mean of the domains' prompts as far as these go, where the
+paper has -1 to 1; both networks are updated at once, where the paper takes turns, and gradients are cut
+as a whole; a text's prompt is the mean of a few draws from noise that is the same for all texts, so that
+predictions repeat; the epochs of both stages are fixed. Stage II draws noise, and another text of the
+pass as the false pair, so unlike other trainings it depends on `pass_tokens` and the number of processes.
 """
 
 from importlib.metadata import version
@@ -90,8 +90,8 @@ def train_prompt_generator(
         max_grad_norm=5.0,
     )
     settings |= {"template": template, "domain": domain}
-    if labels.multilabel:
-        raise ValueError("train_prompt_generator needs a label space where a text has one label")
+    settings |= {"domain_epochs": domain_epochs, "domain_learning_rate": domain_learning_rate}
+    _check(settings, labels)
     require_columns(dataset, domain)
     check_folder(output)
     rows = training_rows(dataset, labels)
@@ -120,6 +120,8 @@ def train_prompt_generator(
             losses[name] = done.losses
             learned.append(reader.prompt.detach().cpu().clone())
         prompts = torch.stack(learned)
+        # Stage I leaves each process, and a training that is continued, with draws of its own.
+        torch.manual_seed(settings["seed"])
         network = Adversaries(PromptGenerator(prompts))
         objective = _drawing(network, rows, texts, prompts, own, settings)
         done = fit(objective, settings, name="train_prompt_generator", key=key, output=output)
@@ -168,6 +170,8 @@ def predict_by_prompts(
     require_columns(dataset, "text")
     if draws < 1:
         raise ValueError(f"draws must be at least 1; got {draws}")
+    if prompt not in ("generated", "mean", "template"):
+        raise ValueError(f"prompt is one of generated, mean, template; got {prompt!r}")
     reader, generator, kept, tokenizer, labels, card = load_generator(model)
     limit = int(card["settings"]["max_length"])
     name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
@@ -228,6 +232,19 @@ def predict_by_prompts(
 
 
 # ------------------------------------------------------------------------------- what is trained
+
+
+def _check(settings: dict[str, Any], labels: LabelSpace) -> None:
+    """Refuses what nothing can be trained with, or what would change nothing."""
+    for name in ("domain_epochs", "domain_learning_rate"):
+        if not 0 < settings[name] < float("inf"):
+            raise ValueError(f"{name} must be above 0; got {settings[name]}")
+    if settings["early_stopping_patience"] is not None:
+        raise ValueError("early_stopping_patience: both stages have fixed epochs; leave it out")
+    if settings["gradient_checkpointing"]:
+        raise ValueError("gradient_checkpointing: the backbone is not trained; leave it out")
+    if labels.multilabel:
+        raise ValueError("train_prompt_generator needs a label space where a text has one label")
 
 
 def _reading(

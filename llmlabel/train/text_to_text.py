@@ -94,6 +94,11 @@ def train_text_to_text(
     check_patience(settings, validation)
     rows = _with_labels(training_rows(dataset, labels))
     given = None if validation is None else validation_rows(validation, labels)
+    if given is not None and not (given[2] >= 0.5).any():
+        raise ValueError(
+            f"none of the {len(given[1])} validation rows has a label with a probability of at least "
+            "0.5, whose writing could be measured; give others, or no validation"
+        )
     overlap = 0 if given is None else repeated(*given[:2], rows)
     settings["max_labels"] = int((rows.targets >= 0.5).sum(axis=1).max())
     with torch.random.fork_rng():

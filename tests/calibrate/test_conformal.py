@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import math
@@ -11,9 +12,11 @@ from reference import conformal as reference
 
 from llmlabel.calibrate import tuning, written
 from llmlabel.calibrate.conformal import Conformal, calibration_rows, fit_conformal, predict_sets
+from llmlabel.calibrate.online import Online
 from llmlabel.calibrate.p_values import p_values
 from llmlabel.calibrate.quantile import conformal_p_values, conformal_quantile, row_uniforms
 from llmlabel.calibrate.saved import load_calibrator, save_calibrator
+from llmlabel.calibrate.scores import Nonconformity
 from llmlabel.calibrate.temperature import Temperature
 from llmlabel.calibrate.tuning import label_prior
 from llmlabel.data import with_columns
@@ -515,6 +518,8 @@ def test_a_function_as_score() -> None:
         predict_sets(new, space(5), fitted, score=other_function)
     with pytest.raises(ValueError, match=r"with no function as score=, but .*squared is given"):
         predict_sets(new, space(5), lac, score=squared)
+    part = functools.partial(squared)  # has no name of its own
+    assert fit_conformal(rows, space(5), alpha=0.2, score=part).score == "functools.partial"
 
 
 # --------------------------------------------------------------------------- what was fitted on
@@ -534,6 +539,12 @@ def test_gold_rows_that_were_trained_on_are_refused() -> None:
     other = with_columns(rows, {"text": (texts, Value("string"))})
     assert fit_conformal(rows, space(4), training=other).training_overlap == 0
     assert fit_conformal(rows, space(4)).training_overlap == 0
+    bare = rows.remove_columns(["text"])  # where one side has no texts, ids decide
+    for gold, training in ((rows, bare), (bare, rows)):
+        with pytest.raises(ValueError, match=line):
+            fit_conformal(gold, space(4), training=training.select(range(12)))
+    with pytest.raises(ValueError, match="training have no column id, by which"):
+        fit_conformal(rows, space(4), training=rows.remove_columns(["id"]))
 
 
 def test_rows_that_the_threshold_was_fitted_on_are_known() -> None:
@@ -608,6 +619,10 @@ def test_other_calibrators_are_saved_too(tmp_path: Path) -> None:
     assert load_calibrator(save_calibrator(infinite, tmp_path / "c.json")) == infinite
     with pytest.raises(ValueError, match=r"LabelSpace is no fitted dataclass"):
         save_calibrator(space(2), tmp_path / "no.json")
+    how = Nonconformity(lambda probs, uniforms: 1 - probs)
+    start = Online(0.1, 0.005, 0.1, (), None, 0, 0, how, 0, "f")
+    with pytest.raises(ValueError, match=r"Online holds what JSON cannot, such as a function"):
+        save_calibrator(start, tmp_path / "no.json")
     assert not (tmp_path / "no.json").exists()
 
 
@@ -617,6 +632,7 @@ def test_other_calibrators_are_saved_too(tmp_path: Path) -> None:
         ("{", "c.json: not a calibrator that save_calibrator wrote .*save it again"),
         ("[]", "c.json: not a calibrator that save_calibrator wrote .*save it again"),
         ('{"type": "llmlabel.calibrate.conformal.Conformal"}', "c.json: not a calibrator"),
+        ('{"type": 3, "value": {}}', "c.json: 3 is no fitted dataclass"),
         (
             '{"type": "llmlabel.calibrate.conformal.Conformal", "value": {"alpha": "x"}}',
             "c.json: not a calibrator .*alpha",

@@ -213,6 +213,11 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         (rows, SPACE, {"alpha": 0.0}, "alpha must lie strictly between 0 and 1; got 0.0"),
         (rows, SPACE, {"alpha": 0.02}, "alpha=0.02 needs at least 49 gold rows; there are 30"),
         (rows, many, {}, "need a label space of one label a row"),
+        (
+            with_columns(rows, {"gold": ([[], [], [], *rows["gold"][3:]], GOLD)}),
+            *(SPACE, {}, "alpha=0.1 is unreachable: only "),
+        ),
+        (rows, SPACE, {"score": "raps"}, "score 'raps' needs its settings here"),
         (rows, SPACE, {"column": "fold"}, "the column 'fold' is missing"),
         (
             with_columns(rows, {"split": ([None, *["a"] * 29], Value("string"))}),

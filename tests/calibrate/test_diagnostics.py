@@ -318,6 +318,13 @@ def test_groups_of_sizes_and_confidence() -> None:
     assert [names[g] for g in group] == ["0.25 to 0.5", "0.9 to 0.9", "0.25 to 0.5", "0.25 to 0.5"]
 
 
+def test_groups_of_very_confident_rows_have_names_of_their_own() -> None:
+    top = np.repeat([0.5, 0.99991, 0.99995, 0.99999], 50)
+    names, group = confidence_groups(top, bins=4)
+    assert len(set(names)) == len(names) == len(set(group.tolist())) == 4
+    assert names[0] == "0.5 to 0.5"
+
+
 def sliced(seed: int, *, planted: bool) -> Dataset:
     """1,000 rows, 90 % covered; if planted, 50 % of those with "zulu" and 95 % of the others."""
     rng = np.random.default_rng(seed)

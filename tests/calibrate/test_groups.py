@@ -456,6 +456,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         ({"alpha": 0.01}, "alpha=0.01 needs at least 99 gold rows; there are 30 "),
         ({"tau": 1.5}, "tau must lie between 0"),
         ({"clusters": 1}, "clusters must be at least 2; got 1"),
+        ({"score": "raps"}, "score 'raps' needs its settings here"),
+        ({"score": "saps"}, "score 'saps' needs its settings here"),
     ]
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -18,6 +18,7 @@ from llmlabel.calibrate.noise import (
     predict_noisy_sets,
 )
 from llmlabel.calibrate.saved import load_calibrator, save_calibrator
+from llmlabel.calibrate.scores import Nonconformity
 from llmlabel.data import with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import SoftLabels
@@ -134,7 +135,8 @@ def test_without_noise_it_is_split_conformal(score: Any) -> None:
         if plain.threshold == math.inf:
             continue
         for noise in (0.0, np.eye(4).tolist()):
-            fitted = fit(rows, 4, noise=noise, alpha=alpha, score=score)
+            how = Nonconformity(score, **settings)
+            fitted = fit(rows, 4, noise=noise, alpha=alpha, score=how)
             assert fitted.threshold == fitted.plain_threshold == plain.threshold
     sets = predict_noisy_sets(rows, space(4), fitted)
     assert sets["set_ids"][:] == predict_sets(rows, space(4), plain)["set_ids"][:]
@@ -267,6 +269,10 @@ def test_pseudo_labels_of_the_model_itself_are_refused() -> None:
     [
         ({"noise": 0.2, "alpha": 0.0}, "alpha must lie strictly between 0 and 1; got 0.0"),
         ({"noise": 0.2, "delta": 1.0}, "delta must lie strictly between 0 and 1; got 1.0"),
+        (
+            {"noise": "uniform", "delta": 0.6},
+            "delta must be at most 0.5 where the noise is estimated",
+        ),
         ({"noise": 0.2, "alpha": 0.01}, "alpha=0.01 needs at least 99 rows with a pseudo-label"),
         (
             {"noise": 0.7},
@@ -281,6 +287,10 @@ def test_pseudo_labels_of_the_model_itself_are_refused() -> None:
         (
             {"noise": [[1.0, 0.0, 0.0], [0.0, 1.5, -0.5], [0.0, 0.0, 1.0]]},
             "row 1 of the noise matrix is [0.0, 1.5",
+        ),
+        (
+            {"noise": [[1.0, 0.0, 0.0], [0.0, math.nan, 0.0], [0.0, 0.0, 1.0]]},
+            "row 1 of the noise matrix is [0.0, nan",
         ),
         (
             {"noise": [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]},

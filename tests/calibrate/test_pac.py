@@ -111,9 +111,13 @@ def test_gold_that_is_not_stored_counts_as_an_error() -> None:
     probs = [[0.75, 0.25, 0.0]] * 46
     one = fit_pac(rows(probs, [[0]] * 45 + [[2]]), space(3))
     assert one.threshold == 0.25
-    two = fit_pac(rows(probs, [[0]] * 44 + [[2], []]), space(3))
-    assert two.threshold == math.inf
-    assert predict_pac(rows(probs[:1], [[0]]), space(3), two)["set_ids"][0] == [0, 1, 2]
+    line = (
+        r"epsilon=0.1 is unreachable: only 44 of 46 gold rows have their true label among the labels "
+        r"stored \(shortlist recall 0.98, 1 rows with none of the labels\); store more labels a row, "
+        "or allow a larger epsilon"
+    )
+    with pytest.raises(ValueError, match=line):
+        fit_pac(rows(probs, [[0]] * 44 + [[2], []]), space(3))
 
 
 def test_flat_sets_take_any_score() -> None:

@@ -230,7 +230,7 @@ def test_results_survive_json() -> None:
 
 def test_rows_of_unknown_gold_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, probs = random_rows(2, 60)
-    fitted = fit_risk(rows, space(6), alpha=0.2)
+    fitted = fit_risk(table(probs, rows["gold"][:]), space(6), alpha=0.2)
     gold = [*rows["gold"], None, None]
     longer = table([*probs, [0.9] * 6, [0.0] * 6], gold)
     monkeypatch.setattr(module, "_BLOCK_CELLS", 42)  # 7 rows a block

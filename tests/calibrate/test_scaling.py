@@ -311,3 +311,23 @@ def test_a_calibration_survives_json_and_belongs_to_its_label_space() -> None:
     strange = dataclasses.replace(found, label_space="0123456789abcdef")
     with pytest.raises(ValueError, match=r"in label space 0123456789abcdef, .* fit it again"):
         apply_calibration(dataset, labels, strange)
+
+
+@pytest.mark.parametrize("method", ["isotonic", "venn_abers"])
+def test_curves_where_nothing_is_stored(method: str) -> None:
+    """No new row has a soft label, or no gold row stores both of two labels."""
+    labels = space(2)
+    multilabel = space(2, multilabel=True)
+    rng = np.random.default_rng(0)
+    share = rng.uniform(0.1, 0.9, 60)
+    probs, gold = np.column_stack([1 - share, share]), [[int(s > 0.5)] for s in share]
+    for where in (labels, multilabel):
+        found = calibrate_probs(table(probs, gold, where), where, method=method)
+        for rows in (0, 3):
+            new = table(np.zeros((rows, 2)), [[0]] * rows, where)
+            applied = apply_calibration(new, where, found)
+            assert applied["label_ids"][:] == [[]] * rows
+    one = np.zeros((60, 2))
+    one[np.arange(60), np.arange(60) % 2] = 0.9
+    found = calibrate_probs(table(one, gold, labels), labels, method=method)
+    assert found.after.nll == found.before.nll

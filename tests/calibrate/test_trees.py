@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,11 +117,25 @@ def test_the_threshold_is_the_order_statistic_of_the_gold_rows() -> None:
     # Scores: 0 where physics is true, 0.5 where biology is, 0.75 where a kind of art is.
     gold = [[PHYSICS]] * 10 + [[BIOLOGY]] * 6 + [[FILM]] * 2 + [[]]
     data = rows(TOPICS, [ROW] * 19, gold)
-    for alpha, threshold in ((0.5, 0.0), (0.3, 0.5), (0.1, 0.75), (0.05, math.inf)):
+    for alpha, threshold in ((0.5, 0.0), (0.3, 0.5), (0.1, 0.75)):
         fitted = fit_subtrees(data, TOPICS, alpha=alpha)
         assert (fitted.threshold, fitted.rows, fitted.alpha) == (threshold, 19, alpha)
         adapter = TypeAdapter(Subtrees)
         assert adapter.validate_json(adapter.dump_json(fitted)) == fitted
+
+
+def test_a_target_that_only_the_whole_space_reaches_is_refused() -> None:
+    gold = [[PHYSICS]] * 18 + [[]]
+    line = "alpha=0.05 is unreachable: only 18 of 19 gold rows .* recall 1.00, 1 rows with none"
+    with pytest.raises(ValueError, match=line):
+        fit_subtrees(rows(TOPICS, [ROW] * 19, gold), TOPICS, alpha=0.05)
+    sure = [float(label == PHYSICS) for label in range(len(TOPICS))]
+    data = rows(TOPICS, [sure] * 20, [[PHYSICS]] * 17 + [[FILM]] * 3)
+    with pytest.raises(
+        ValueError, match=r"only 17 of 20 gold rows .* recall 0.85, 0 rows with none"
+    ):
+        fit_subtrees(data, TOPICS, alpha=0.1)
+    assert fit_subtrees(data, TOPICS, alpha=0.2).threshold == 0.0  # ceil(21 * 0.8) = 17
 
 
 def test_an_inner_label_may_be_true() -> None:
@@ -346,3 +361,36 @@ def test_what_a_python_node_decides() -> None:
     more = python_tree("def f(a): pass")
     assert plain.contents[1] not in more.contents  # another number of arguments
     assert python_tree("x = [i for i in y if i]").parents.tolist() == [-1, 0, 1, 1, 3, 3, 3, 3]
+
+
+def test_sets_that_are_null_or_outside_the_labels() -> None:
+    table = Dataset.from_dict({"id": ["a", "b"], "set_ids": [None, [PHYSICS, BIOLOGY]]})
+    table = table.cast_column("set_ids", List(Value("int32")))
+    assert add_nodes(table, TOPICS)["set_nodes"][:] == [[], [SCIENCE]]
+    table = Dataset.from_dict({"id": ["a"], "set_ids": [[6]]})
+    table = table.cast_column("set_ids", List(Value("int32")))
+    with pytest.raises(ValueError, match="set_ids holds 6, but the labels are 0 to 5"):
+        add_nodes(table, TOPICS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: json_tree(""), "the text is no JSON: Expecting value"),
+        (lambda: json_tree("[" * 100_000), "nested too deeply"),
+        (lambda: json_tree('{"a": 1, "a": [1, 2]}'), "an object has the key 'a' more than once"),
+        (lambda: python_tree("x = 1\ry = 2"), "a carriage return ends a line"),
+        (
+            lambda: kept_nodes(Tree(np.array([-1, 0]), np.array([0, np.nan]))),
+            "node 1 has the cost NaN",
+        ),
+        (
+            lambda: fit_pac_tree([Tree(np.array([-1, 0]), np.zeros(2))] * 60, [("a",)] * 60),
+            "a tree of 2 nodes has 0 contents",
+        ),
+    ],
+)
+def test_trees_that_cannot_be_read_are_said_in_one_line(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

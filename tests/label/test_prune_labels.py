@@ -82,6 +82,16 @@ def test_only_rows_with_a_choice_are_asked(rows: Dataset, tmp_path: Path) -> Non
     assert again.asked == 0
 
 
+def test_the_answer_is_the_one_candidate_even_where_another_label_is_more_probable(
+    rows: Dataset,
+) -> None:
+    one = with_columns(rows, {"candidates": ([[1]] * 5, List(Value("int32")))})
+    got = label_pruned(one, FakeEngine(), SPACE)
+    assert got["label_ids"][:] == [[1], [1, 2], [1], [1, 2, 0, 3], [1]]
+    assert got["label_probs"][0] == [1.0]
+    assert got["label_probs"][1] == pytest.approx([0.6, 0.4])
+
+
 def test_a_candidate_without_a_soft_label_gets_all(rows: Dataset) -> None:
     bare = rows.remove_columns(["label_ids", "label_probs", "label_space", "engine"])
     one = with_columns(bare, {"candidates": ([[2]] * 5, List(Value("int32")))})
@@ -125,6 +135,8 @@ def test_tokens_are_those_of_the_prompts(
     assert adapter.validate_json(adapter.dump_json(found)) == found
     unknown = measure_pruning(pruned.remove_columns("gold"), SPACE, tiny_tokenizer, alpha=0.1)
     assert (unknown.missed, unknown.missed_interval) == (None, None)
+    with pytest.raises(ValueError, match=r"alpha must lie strictly between 0 and 1; got 1.5"):
+        measure_pruning(pruned, SPACE, tiny_tokenizer, alpha=1.5)
 
 
 GOLD = {

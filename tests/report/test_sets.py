@@ -31,6 +31,7 @@ from llmlabel.calibrate.groups import (
     fit_group_conformal,
     predict_group_sets,
 )
+from llmlabel.calibrate.noise import fit_noisy_conformal, predict_noisy_sets
 from llmlabel.data import save, with_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.recipe import load_recipe, run
@@ -180,6 +181,23 @@ def test_labels_without_a_threshold_of_their_own(tmp_path: Path) -> None:
     assert "promised_low" not in report["coverage"]
     assert "95 % of such draws" not in told
     assert report["provenance"]["conformal"]["score"] == "lac"
+
+
+def test_both_bounds_of_thresholds_from_wrong_labels(tmp_path: Path) -> None:
+    gold, new = rows_of(0, 400, name="gold"), rows_of(1, 200, name="new")
+    draw = np.random.default_rng(2)
+    wrong = draw.random(400) < 0.2
+    given = [
+        [int(draw.integers(3))] if w else ids for w, ids in zip(wrong, gold["gold"], strict=True)
+    ]
+    pseudo = with_columns(gold, {"said": (given, List(Value("int32")))}).remove_columns("gold")
+    fitted = fit_noisy_conformal(pseudo, LABELS, column="said", noise=0.2 * 2 / 3)
+    report, page = promise_of(tmp_path, predict_noisy_sets(new, LABELS, fitted), fitted)
+    told = report["coverage"]["promise"]
+    assert told["corrected"]["guaranteed"] == fitted.guaranteed < fitted.coverage
+    assert told["plain"]["threshold"] == fitted.plain_threshold > fitted.threshold
+    assert "13.3 % of the 400 labels" in page
+    assert "as given" in page
 
 
 def test_groups_of_a_column(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.noise import coverage_curve, estimate_noise, fit_noisy_conformal
+from llmlabel.calibrate.channels import coverage_curve, estimate_noise
+from llmlabel.calibrate.noise import fit_noisy_conformal
 from llmlabel.calibrate.quantile import conformal_quantile
 from llmlabel.calibrate.scores import Nonconformity, true_scores
 from llmlabel.labelspace import LabelSpace

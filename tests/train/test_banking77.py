@@ -47,7 +47,8 @@ def test_1500_rows_of_77_intents(tmp_path: Path) -> None:
         num_train_epochs=4,
         max_length=64,
     )
-    said = predict(Dataset.from_dict({"text": [row["text"] for row in test]}), model=student)
+    asked = {"id": [str(i) for i in range(len(test))], "text": [row["text"] for row in test]}
+    said = predict(Dataset.from_dict(asked), model=student)
     by_student = SoftLabels.from_dataset(said, labels).dense().argmax(axis=1)
-    # 0.727 and 0.86 of all 3,080 test rows: benchmarks/results/training_accuracy.md
-    assert (by_student == truth).mean() > (by_words == truth).mean() + 0.05
+    # 0.727 and 0.880 where all 3,080 test rows are asked; 70 s on one core
+    assert (by_student == truth).mean() > (by_words == truth).mean() + 0.1

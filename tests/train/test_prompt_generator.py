@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from llmlabel.data import with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.train import checkpoint
 from llmlabel.train.prompt_generator import predict_by_prompts, train_prompt_generator
 from llmlabel.train.prompt_networks import (
     Adversaries,
@@ -222,11 +223,57 @@ def test_same_seed_same_bytes(tiny_encoder: Path, tmp_path: Path) -> None:
     assert files(one)["generator.safetensors"] != files(other)["generator.safetensors"]
 
 
+def killed_in(kind: type, output: Path, model: Path, *, forward: int, **given: Any) -> None:
+    """Trains until such a network has been asked so often."""
+    calls = iter(range(10_000))
+
+    def dies(module: Any, inputs: Any) -> None:
+        if isinstance(module, kind) and next(calls) == forward:
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(table(), model, output, **given)
+    hook.remove()
+    assert (output / checkpoint.NAME).is_file()
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"domain_epochs": 3}, {"domain_learning_rate": 0.1}, {"template": "the mat"}]
+)
+def test_a_killed_second_stage_is_continued_only_with_the_same_first(
+    tiny_encoder: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    given = {"num_train_epochs": 4, "domain_epochs": 2}
+    killed_in(Adversaries, tmp_path / "k", tiny_encoder, forward=3, save_steps=3, **given)
+    again = train(table(), tiny_encoder, tmp_path / "k", **given | changed)
+    fresh = train(table(), tiny_encoder, tmp_path / "fresh", **given | changed)
+    assert files(again) == files(fresh)
+
+
+def test_killed_between_the_stages_it_begins_the_second_alike(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of a finished first stage continues with no update, and so draws nothing."""
+    given = {"num_train_epochs": 1, "domain_epochs": 1}
+    killed_in(Adversaries, tmp_path / "k", tiny_encoder, forward=0, save_steps=1, **given)
+    again = train(table(), tiny_encoder, tmp_path / "k", **given)
+    assert files(again) == files(train(table(), tiny_encoder, tmp_path / "fresh", **given))
+
+
 def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"column 'domain' names 1 domain"):
         train(table().select([0, 1]), tiny_encoder, tmp_path / "m")
     with pytest.raises(ValueError, match=r"draws must be at least 1; got 0"):
         predict_by_prompts(table(), model=student, draws=0)
+    for name, value, message in [
+        ("domain_epochs", 0, r"domain_epochs must be above 0; got 0"),
+        ("domain_learning_rate", -1.0, r"domain_learning_rate must be above 0; got -1.0"),
+        ("early_stopping_patience", 2, "both stages have fixed epochs; leave it out"),
+        ("gradient_checkpointing", True, "the backbone is not trained; leave it out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(table(), tiny_encoder, tmp_path / "m", **{name: value})
     with pytest.raises(ValueError, match=r"template='' has no words"):
         train(table(), tiny_encoder, tmp_path / "m", template="")
     other = shutil.copytree(student, tmp_path / "other")

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from safetensors.torch import load_file
 
+from llmlabel.data import with_columns
 from llmlabel.engine.labelsets import label_sets
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
@@ -269,6 +270,9 @@ def test_rows_without_labels_are_left_out_and_counted(tiny_decoder: Path, tmp_pa
 def test_bad_input(student: Path, tiny_decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 6 rows has a label with a probability"):
         train(table(6, probs=TRUE * 0.4), tiny_decoder, tmp_path / "m")
+    none = with_columns(table(3, first=90), {"gold": ([[], [], []], List(Value("int32")))})
+    with pytest.raises(ValueError, match=r"none of the 3 validation rows has a label with a prob"):
+        train(table(6), tiny_decoder, tmp_path / "m", validation=none, max_steps=1)
     with pytest.raises(ValueError, match=r"prompt_tokens must be at least 1; got 0"):
         train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=0)
     with pytest.raises(ValueError, match=r"max_length=64 with 4\d\d tokens .* the 512 tokens"):
