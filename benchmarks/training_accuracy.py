@@ -158,8 +158,8 @@ def page(work: Path) -> str:
         "",
         "Written by `python benchmarks/training_accuracy.py ../shared/data --work FOLDER --write`, from "
         "runs of the same script: `--sets banking77 clinc150 bbc` (clinc150 with `--epochs 1`), and on "
-        "banking77 `--rows 1500` (`--epochs 4` for MiniLM) and `--rows '8 a label' --epochs 8`. One CPU "
-        "core, with other work beside, so wall times are upper bounds. The settings were not searched for.",
+        "banking77 `--rows 1500` and `--rows '8 a label'`. One CPU core, with other work beside, so wall "
+        "times are upper bounds. The settings were not searched for. What is not in the table was not run.",
         "",
         "| data | train rows | test rows | who | epochs | accuracy | wall time, min | peak, GB |",
         "|---|---|---|---|---|---|---|---|",
