@@ -120,7 +120,7 @@ class Region:
         """The labels that are in some label sets of the region and not in others, the least sure first."""
         return self.order[self.base + self.costs <= self.threshold]
 
-    def count(self, *, exact: int = 4096, cells: int = 16384) -> tuple[float, float]:
+    def count(self, *, exact: int = 4096, cells: int = 20480) -> tuple[float, float]:
         """At least and at most so many label sets are in the region.
 
         Both are the number itself where it is at most `exact`. Beyond that they come from a
