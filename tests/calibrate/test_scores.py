@@ -84,7 +84,9 @@ def test_prevalence_adjusted_scores_equal_the_twin(seed: int) -> None:
     assert block_scores(probs, how, uniforms).tolist() == expected
 
 
-@pytest.mark.parametrize("how", [*HOW, Nonconformity(squared)], ids=lambda how: str(how.score))
+@pytest.mark.parametrize(
+    "how", [*HOW, Nonconformity(squared)], ids=lambda how: getattr(how.score, "__name__", how.score)
+)
 @SEEDS
 def test_true_scores_are_those_of_the_block_to_the_last_bit(seed: int, how: Nonconformity) -> None:
     """Otherwise ties at the threshold would fall apart: a set is cut at a true label's score."""
