@@ -29,7 +29,13 @@ HOW = [
     Nonconformity("saps", penalty=0.02, randomised=False),
     Nonconformity("margin"),
 ]
-EACH = pytest.mark.parametrize("how", HOW, ids=lambda how: f"{how.score}-{how.randomised}")
+
+
+def score_name(how: Nonconformity) -> str:
+    return getattr(how.score, "__name__", str(how.score))
+
+
+EACH = pytest.mark.parametrize("how", HOW, ids=lambda how: f"{score_name(how)}-{how.randomised}")
 
 
 def squared(probs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -84,9 +90,7 @@ def test_prevalence_adjusted_scores_equal_the_twin(seed: int) -> None:
     assert block_scores(probs, how, uniforms).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "how", [*HOW, Nonconformity(squared)], ids=lambda how: getattr(how.score, "__name__", how.score)
-)
+@pytest.mark.parametrize("how", [*HOW, Nonconformity(squared)], ids=score_name)
 @SEEDS
 def test_true_scores_are_those_of_the_block_to_the_last_bit(seed: int, how: Nonconformity) -> None:
     """Otherwise ties at the threshold would fall apart: a set is cut at a true label's score."""
@@ -121,7 +125,7 @@ def test_masses_add_up_in_any_order() -> None:
 @pytest.mark.parametrize(
     "how",
     [*HOW, Nonconformity(squared), Nonconformity(prior=(0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05))],
-    ids=lambda how: f"{how.score}-{how.randomised}-{how.prior is not None}",
+    ids=lambda how: f"{score_name(how)}-{how.randomised}-{how.prior is not None}",
 )
 @SEEDS
 def test_sets_are_the_scores_up_to_the_threshold(seed: int, how: Nonconformity) -> None:
