@@ -4,7 +4,7 @@ import base64
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -86,6 +86,13 @@ class Conformal:
     data_sha: str = ""
     row_marks: str = ""
     scores: tuple[float, ...] | None = None
+
+    def how(self, function: ScoreFunction | None = None) -> Nonconformity:
+        """The score with its settings; a score that was a function is given again."""
+        return Nonconformity(
+            cast(Score, self.score) if function is None else function,
+            *(self.randomised, self.penalty, self.free_labels, self.prior),
+        )
 
 
 def fit_conformal(  # noqa: PLR0913  # each is one plain choice
@@ -321,11 +328,7 @@ def checked(
         given = "none is" if score is None else f"{_name(score)} is"
         needed = "no function" if by_name else f"the function {conformal.score}"
         raise ValueError(f"the threshold was fitted with {needed} as score=, but {given} given")
-    how = Nonconformity(
-        score if score is not None else conformal.score,  # type: ignore[arg-type]  # by_name
-        *(conformal.randomised, conformal.penalty, conformal.free_labels, conformal.prior),
-    )
-    return SoftLabels.from_dataset(dataset, labels).probs, how
+    return SoftLabels.from_dataset(dataset, labels).probs, conformal.how(score)
 
 
 def _name(score: Score | ScoreFunction) -> str:

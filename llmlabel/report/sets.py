@@ -23,7 +23,7 @@ from llmlabel.calibrate.exchangeability import Exchangeability, permutation_test
 from llmlabel.calibrate.groups import GroupConformal
 from llmlabel.calibrate.noise import NoisyConformal
 from llmlabel.calibrate.quantile import row_uniforms
-from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
+from llmlabel.calibrate.scores import Score, true_scores
 from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure
 from llmlabel.report.measure import MOST_LABELS, NO_LABEL, Run, values_of
@@ -272,13 +272,9 @@ def _shift(run: Run, conformal: Conformal, fitted_on: set[int]) -> dict[str, Any
     if min(int(kept.sum()), len(conformal.scores)) < FEW:
         return None
     rows = run.rows[kept]
-    how = Nonconformity(
-        conformal.score,  # type: ignore[arg-type]  # it is one of them
-        *(conformal.randomised, conformal.penalty, conformal.free_labels, conformal.prior),
-    )
     ids = run.table["id"][:]
     draws = row_uniforms((ids[row] for row in rows.tolist()), seed=conformal.seed)
     probs = run.soft[run.student].probs[rows]
-    scores: Float[np.ndarray, " rows"] = true_scores(probs, run.gold[kept], how, draws)
+    scores: Float[np.ndarray, " rows"] = true_scores(probs, run.gold[kept], conformal.how(), draws)
     distance, p_value = permutation_test(np.array(conformal.scores), scores)
     return {"rows": len(rows), "distance": distance, "p_value": p_value}
