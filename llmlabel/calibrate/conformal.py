@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from llmlabel.calibrate.provenance import (
     OtherEngine,
     check_engines,
+    check_space,
     data_sha,
     engines_of,
     one_of,
@@ -317,11 +318,7 @@ def checked(
 ) -> tuple[csr_array, Nonconformity]:
     """The soft labels of new rows, if they are of the kind that the threshold was fitted on."""
     _check_single(labels)
-    if conformal.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {conformal.label_space}, but the label space "
-            f"given is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, conformal.label_space)
     check_engines(dataset, conformal.engines, other_engine)
     by_name = conformal.score in get_args(Score)
     if by_name == (score is not None) or (score is not None and _name(score) != conformal.score):

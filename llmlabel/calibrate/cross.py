@@ -19,6 +19,7 @@ from scipy.sparse import csr_array
 from llmlabel.calibrate.provenance import (
     OtherEngine,
     check_engines,
+    check_space,
     data_sha,
     engines_of,
     one_of,
@@ -199,11 +200,7 @@ def predict_cross_sets(
             few rows to prove alpha, or no e-value can reach 1 / alpha.
     """
     one_of("method", method, Method)
-    if fitted.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the scores were fitted in label space {fitted.label_space}, but the label space given is "
-            f"{labels.fingerprint}; fit them again on gold rows of this one"
-        )
+    check_space(labels, fitted.label_space, what="scores")
     if set(folds) != set(fitted.folds):
         raise ValueError(
             f"folds must be {', '.join(fitted.folds)}, each with the rows that its model labelled; "

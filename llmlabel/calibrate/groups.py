@@ -26,6 +26,7 @@ from llmlabel.calibrate.clusters import (
 from llmlabel.calibrate.provenance import (
     OtherEngine,
     check_engines,
+    check_space,
     data_sha,
     engines_of,
     one_of,
@@ -273,11 +274,7 @@ def predict_group_sets(
     Raises:
         ValueError: If the label space or model is another one, or the column of groups is missing.
     """
-    if fitted.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the thresholds were fitted in label space {fitted.label_space}, but the label space "
-            f"given is {labels.fingerprint}; fit them again on gold rows of this one"
-        )
+    check_space(labels, fitted.label_space, what="thresholds")
     check_engines(dataset, fitted.engines, other_engine)
     require_columns(dataset, "id")
     if fitted.column is None:

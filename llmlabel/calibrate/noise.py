@@ -30,6 +30,7 @@ from llmlabel.calibrate.channels import (
 from llmlabel.calibrate.provenance import (
     OtherEngine,
     check_engines,
+    check_space,
     data_sha,
     engines_of,
     one_of,
@@ -229,11 +230,7 @@ def predict_noisy_sets(
         ValueError: If it was fitted in another label space or on another model's soft labels.
     """
     one_of("threshold", threshold, Literal["corrected", "plain"])
-    if fitted.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {fitted.label_space}, but the label space given "
-            f"is {labels.fingerprint}; fit it again on rows of this one"
-        )
+    check_space(labels, fitted.label_space)
     check_engines(dataset, fitted.engines, other_engine)
     require_columns(dataset, "id")
     limit = fitted.threshold if threshold == "corrected" else fitted.plain_threshold

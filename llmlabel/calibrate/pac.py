@@ -16,7 +16,13 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 
 from llmlabel.calibrate.cuts import BUDGETS, Tree, check_family, kept_nodes
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.scores import Nonconformity, Score, true_scores
 from llmlabel.calibrate.selective import refuse_routed
@@ -193,11 +199,7 @@ def predict_pac(
     """
     _check_single(labels)
     require_columns(dataset, "id")
-    if pac.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {pac.label_space}, but the label space given "
-            f"is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, pac.label_space)
     check_engines(dataset, pac.engines, other_engine)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     return with_cut_sets(dataset, probs, np.array([[pac.threshold]]), pac.how, seed=pac.seed)

@@ -17,7 +17,13 @@ from datasets import Dataset, List, Value
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_matrix, require_columns, with_columns, with_gold
@@ -251,11 +257,7 @@ def regions(
     """The region of each row; see `predict_powerset`."""
     _check_multilabel(labels)
     check_engines(dataset, powerset.engines, other_engine)
-    if powerset.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the distances were fitted in label space {powerset.label_space}, but the label space "
-            f"given is {labels.fingerprint}; fit them again on gold rows of this one"
-        )
+    check_space(labels, powerset.label_space, what="distances")
     probs = SoftLabels.from_dataset(dataset, labels).probs
     threshold = powerset.threshold
     for row, base in enumerate(_base(probs, powerset.power).tolist()):

@@ -80,6 +80,16 @@ def engines_of(dataset: Dataset) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name is not None))
 
 
+def check_space(labels: LabelSpace, space: str, *, what: str = "threshold") -> None:
+    """Raises a ValueError if what was fitted, named in the message, is of another label space."""
+    if space != labels.fingerprint:
+        was, it = ("were", "them") if what.endswith("s") else ("was", "it")
+        raise ValueError(
+            f"the {what} {was} fitted in label space {space}, but the label space given is "
+            f"{labels.fingerprint}; fit {it} again on rows of this one"
+        )
+
+
 def check_engines(dataset: Dataset, engines: tuple[str, ...], other_engine: OtherEngine) -> None:
     """Raises a ValueError if soft labels are of another model than those of the gold rows.
 

@@ -19,7 +19,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array, vstack
 
 from llmlabel.calibrate.bounds import ROUNDING, risk_p_values, rows_needed, upper_bound
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.written import with_set_ids
 from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
@@ -283,11 +289,7 @@ def said_sets(
     space: str,
 ) -> Dataset:
     """`set_ids` of one threshold, or of one a label, that was fitted in a label space."""
-    if space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {space}, but the label space given is "
-            f"{labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, space)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     limits = np.broadcast_to(np.asarray(thresholds), len(labels))
 

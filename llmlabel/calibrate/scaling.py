@@ -22,7 +22,13 @@ from llmlabel.calibrate.corrections import (
     shared_temperature,
 )
 from llmlabel.calibrate.linear import GoldRows, row_of
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.calibrate.temperature import MIN_ROWS
@@ -193,11 +199,7 @@ def apply_calibration(
     Raises:
         ValueError: If the calibration was fitted in another label space or on another model's labels.
     """
-    if calibration.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the calibration was fitted in label space {calibration.label_space}, but the label "
-            f"space given is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, calibration.label_space, what="calibration")
     check_engines(dataset, calibration.engines, other_engine)
     soft = SoftLabels.from_dataset(dataset, labels)
     probs = _stored(soft.probs)

@@ -23,7 +23,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import binom
 
 from llmlabel.calibrate.bounds import binomial_upper, rows_needed
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import row_uniforms
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
 from llmlabel.files import arrow_table, in_memory
@@ -227,11 +233,7 @@ def route(
     """
     if not 0 <= audit < 1:
         raise ValueError(f"audit must be a share of at least 0 and below 1; got {audit}")
-    if selective.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {selective.label_space}, but the label space "
-            f"given is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, selective.label_space)
     check_engines(dataset, selective.engines, other_engine)
     require_columns(dataset, "id")
     sure = confidences(dataset, labels, selective.confidence) >= selective.threshold

@@ -9,7 +9,13 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_index, gold_matrix, require_columns, with_gold
 from llmlabel.labelspace import LabelSpace
@@ -170,11 +176,7 @@ def apply_temperature(
     Raises:
         ValueError: If the temperature was fitted in another label space or on another model's labels.
     """
-    if temperature.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the temperature was fitted in label space {temperature.label_space}, but the label "
-            f"space given is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, temperature.label_space, what="temperature")
     check_engines(dataset, temperature.engines, other_engine)
     soft = SoftLabels.from_dataset(dataset, labels)
     scaled = (scale_odds if labels.multilabel else scale)(soft.probs, temperature.value)

@@ -21,7 +21,13 @@ from scipy.sparse import csr_array
 
 from llmlabel.calibrate.cuts import Tree
 from llmlabel.calibrate.pac import not_stored
-from llmlabel.calibrate.provenance import OtherEngine, check_engines, fitted_on, refuse_trained
+from llmlabel.calibrate.provenance import (
+    OtherEngine,
+    check_engines,
+    check_space,
+    fitted_on,
+    refuse_trained,
+)
 from llmlabel.calibrate.quantile import conformal_quantile, fewest_scores
 from llmlabel.calibrate.selective import refuse_routed
 from llmlabel.data import gold_index, require_columns, with_columns, with_gold
@@ -135,11 +141,7 @@ def predict_subtrees(
     """
     _check_single(labels)
     check_engines(dataset, fitted.engines, other_engine)
-    if fitted.label_space != labels.fingerprint:
-        raise ValueError(
-            f"the threshold was fitted in label space {fitted.label_space}, but the label space "
-            f"given is {labels.fingerprint}; fit it again on gold rows of this one"
-        )
+    check_space(labels, fitted.label_space)
     probs = SoftLabels.from_dataset(dataset, labels).probs
     set_nodes, set_ids = [], []
     for row, family in enumerate(_families(dataset, labels, fitted.subtrees)):
