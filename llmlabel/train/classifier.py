@@ -15,13 +15,13 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, save, with_columns
+from llmlabel.data import require_columns, save
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.loss.longtail import LongTailLoss
 from llmlabel.loss.robust import TargetMemory, early_learning_penalty
@@ -33,6 +33,8 @@ from llmlabel.loss.soft import (
     soft_cross_entropy,
 )
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.train.answers import cut_message, with_answers
+from llmlabel.train.folder import check_labels
 from llmlabel.train.network import load_classifier, student_sha
 from llmlabel.train.settings import (
     EARLY,
@@ -206,18 +208,14 @@ def predict(
             f"model folder {model}: it labels spans; use llmlabel.train.tokens.predict_spans"
         )
     labels = load_labels(model / "labels.json")
-    if labels.fingerprint != card["labels"]:
-        raise ValueError(
-            f"model folder {model}: labels.json is of label space {labels.fingerprint}, but the model "
-            f"was trained on {card['labels']}; train it again, or bring its own labels.json back"
-        )
+    check_labels(model, labels, card)
     limit = int(card["settings"]["max_length"])
     name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
 
     def compute(block: Dataset) -> Dataset:
         tokens = [tokenizer(text, verbose=False).input_ids for text in block["text"]]
         errors = [
-            "empty text" if not text.strip() else _cut_message(len(ids), limit)
+            "empty text" if not text.strip() else cut_message(len(ids), limit)
             for text, ids in zip(block["text"], tokens, strict=True)
         ]
         kept = [i for i, error in enumerate(errors) if error != "empty text"]
@@ -229,17 +227,7 @@ def predict(
         ]
         probs = np.zeros((len(block), len(labels)))
         probs[kept] = probabilities(network, cut, labels, pass_tokens)
-        labeled = SoftLabels.from_dense(probs, labels).add_to(block)
-        return with_columns(
-            labeled,
-            {
-                "engine": ([name] * len(block), Value("string")),
-                "error": (errors, Value("string")),
-                # of a teacher whose rows these may be, and nothing that a student has
-                "label_mass": ([None] * len(block), Value("float32")),
-                "prompt_sha": ([None] * len(block), Value("string")),
-            },
-        )
+        return with_answers(block, probs, labels, name=name, errors=errors)
 
     digest = student_sha(model)
     return map_blocks(
@@ -251,7 +239,3 @@ def predict(
         block_rows=block_rows,
         name="predict",
     )
-
-
-def _cut_message(tokens: int, limit: int) -> str | None:
-    return f"text cut: {tokens} tokens, the limit is {limit}" if tokens > limit else None

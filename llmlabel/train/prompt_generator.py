@@ -20,25 +20,26 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import require_columns
 from llmlabel.labelspace import LabelSpace
 from llmlabel.loss.soft import soft_cross_entropy
-from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.softlabels import LABEL_COLUMNS
 from llmlabel.train import checkpoint
+from llmlabel.train.answers import read_errors, with_answers
+from llmlabel.train.folder import check_folder, folder_sha
 from llmlabel.train.loop import Objective, fit
 from llmlabel.train.prompt_networks import (
-    FILES,
     TEMPERATURE,
+    WEIGHTS,
     Adversaries,
     LabelReader,
     PromptGenerator,
-    check_folder,
     load_generator,
     new_reader,
     save_generator,
@@ -93,7 +94,7 @@ def train_prompt_generator(
     settings |= {"domain_epochs": domain_epochs, "domain_learning_rate": domain_learning_rate}
     _check(settings, labels)
     require_columns(dataset, domain)
-    check_folder(output)
+    check_folder(output, WEIGHTS, what="a generator of prompts")
     rows = training_rows(dataset, labels)
     named = [dataset[domain][row] for row in rows.kept]
     domains = sorted({str(name) for name in named if name is not None})
@@ -184,12 +185,7 @@ def predict_by_prompts(
     @torch.inference_mode()
     def compute(block: Dataset) -> Dataset:
         texts = block["text"][:]
-        some = [row for row, text in enumerate(texts) if text and text.strip()]
-        errors: list[str | None] = ["empty text"] * len(texts)
-        for row in some:
-            count = len(tokenizer(texts[row], verbose=False).input_ids)
-            cut = f"text cut: {count} tokens, the limit is {limit}"
-            errors[row] = cut if count > limit else None
+        some, errors = read_errors(texts, tokenizer, limit)
         own = text_vectors(
             reader.backbone, tokenizer, [texts[row] for row in some], card["settings"]
         )
@@ -207,18 +203,9 @@ def predict_by_prompts(
                 made = fixed[prompt].to(device)[None]
             cosines = (reader.vectors(made) * vectors[:, None]).sum(dim=2)
             probs[chosen] = (cosines / TEMPERATURE).softmax(dim=1).cpu().double().numpy()
-        return with_columns(
-            SoftLabels.from_dense(probs, labels).add_to(block),
-            {
-                "engine": ([name] * len(texts), Value("string")),
-                "error": (errors, Value("string")),
-                # of a teacher whose rows these may be, and nothing that a student has
-                "label_mass": ([None] * len(texts), Value("float32")),
-                "prompt_sha": ([None] * len(texts), Value("string")),
-            },
-        )
+        return with_answers(block, probs, labels, name=name, errors=errors)
 
-    digest = "".join(models.content_sha(model / name)[:8] for name in FILES)
+    digest = folder_sha(model, WEIGHTS)
     backbone_sha = models.model_sha(models.fetch(card["model"]))
     return map_blocks(
         dataset,

@@ -4,7 +4,6 @@ A model folder holds `generator.safetensors` (the generator, the prompts of the 
 they began as), `labels.json` and `model_card.json`.
 """
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmlabel import models
-from llmlabel.files import commit, write_text
-from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.labelspace import LabelSpace
+from llmlabel.train.folder import read_folder, write_folder
 from llmlabel.train.network import load_backbone, padded, pool
 
 WEIGHTS = "generator.safetensors"
-FILES = ("model_card.json", "labels.json", WEIGHTS)
 TEMPERATURE = 0.05
 """Of cosines, as sentence encoders are trained with."""
 
@@ -186,23 +184,7 @@ def load_generator(
         FileNotFoundError: the folder is none of `train_prompt_generator` or is half written.
         ValueError: one of its files is damaged, or its backbone cannot be loaded.
     """
-    from safetensors.torch import load_file
-
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"model folder {folder}: {name} is missing; give a folder of train_prompt_generator "
-                "whose training has finished"
-            )
-    labels = load_labels(folder / "labels.json")
-    with models.loading(folder):
-        card = json.loads((folder / "model_card.json").read_text("utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    if labels.fingerprint != card["labels"]:
-        raise ValueError(
-            f"model folder {folder}: labels.json is of label space {labels.fingerprint}, but the "
-            f"model was trained on {card['labels']}; train it again, or bring its own labels.json back"
-        )
+    tensors, labels, card = read_folder(folder, WEIGHTS, trainer="train_prompt_generator")
     reader, tokenizer = new_reader(card["model"], labels, card["settings"]["template"])
     kept = {name: tensors.pop(name) for name in ("prompts", "template")}
     with torch.random.fork_rng():
@@ -220,28 +202,5 @@ def save_generator(
     card: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Writes the folder; the model card last, since a folder without it counts as unfinished."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_card.json").unlink(missing_ok=True)
-    own = {**generator.state_dict(), **kept}
-    own = {name: value.detach().cpu().contiguous() for name, value in own.items()}
-    commit(folder / WEIGHTS, lambda path: save_file(own, path))
-    save_labels(labels, folder / "labels.json")
-    write_text(folder / "model_card.json", json.dumps(card, indent=2))
-
-
-def check_folder(output: Path) -> None:
-    """Refuses a folder whose files are not those of a generator of prompts.
-
-    Raises:
-        ValueError: names one of them.
-    """
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        ours = (*FILES, "kept.json", "value.json", "logs")
-        if path.name not in ours and not path.name.startswith("."):
-            raise ValueError(
-                f"output={output}: it holds {path.name}, which is no file of a generator of prompts; "
-                "give a new or empty folder"
-            )
+    """Writes the folder."""
+    write_folder(folder, WEIGHTS, {**generator.state_dict(), **kept}, labels, card)

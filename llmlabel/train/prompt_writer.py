@@ -4,7 +4,6 @@ A model folder holds `prompt.safetensors`, `labels.json` and `model_card.json`.
 """
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from llmlabel import models
 from llmlabel.engine.labelsets import LabelSets
-from llmlabel.files import commit, write_text
-from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.labelspace import LabelSpace
+from llmlabel.train.folder import read_folder, write_folder
 from llmlabel.train.network import padded
 from llmlabel.train.settings import number_format
 from llmlabel.train.soft_prompt import (
@@ -28,7 +27,6 @@ from llmlabel.train.soft_prompt import (
 )
 
 WEIGHTS = "prompt.safetensors"
-FILES = ("model_card.json", "labels.json", WEIGHTS)
 
 
 class PromptWriter(torch.nn.Module):
@@ -163,51 +161,18 @@ def load_writer(folder: Path) -> tuple[PromptWriter, Any, LabelSpace, dict[str, 
         FileNotFoundError: the folder is none of `train_text_to_text` or is half written.
         ValueError: one of its files is damaged, or its decoder cannot be loaded.
     """
-    from safetensors.torch import load_file
-
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"model folder {folder}: {name} is missing; give a folder of train_text_to_text whose "
-                "training has finished"
-            )
-    labels = load_labels(folder / "labels.json")
-    with models.loading(folder):
-        card = json.loads((folder / "model_card.json").read_text("utf-8"))
-        prompt = load_file(folder / WEIGHTS)["prompt"]
-    if labels.fingerprint != card["labels"]:
-        raise ValueError(
-            f"model folder {folder}: labels.json is of label space {labels.fingerprint}, but the "
-            f"model was trained on {card['labels']}; train it again, or bring its own labels.json back"
-        )
+    tensors, labels, card = read_folder(folder, WEIGHTS, trainer="train_text_to_text")
     decoder, tokenizer = _decoder(card["model"])
-    return PromptWriter(decoder, prompt).to(models.best_device()).eval(), tokenizer, labels, card
+    return (
+        PromptWriter(decoder, tensors["prompt"]).to(models.best_device()).eval(),
+        tokenizer,
+        labels,
+        card,
+    )
 
 
 def save_writer(
     network: PromptWriter, labels: LabelSpace, card: dict[str, Any], folder: Path
 ) -> None:
-    """Writes the folder; the model card last, since a folder without it counts as unfinished."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_card.json").unlink(missing_ok=True)
-    own = {"prompt": network.prompt.detach().cpu().contiguous()}
-    commit(folder / WEIGHTS, lambda path: save_file(own, path))
-    save_labels(labels, folder / "labels.json")
-    write_text(folder / "model_card.json", json.dumps(card, indent=2))
-
-
-def check_folder(output: Path) -> None:
-    """Refuses a folder whose files are not those of a writer.
-
-    Raises:
-        ValueError: names one of them.
-    """
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        ours = (*FILES, "kept.json", "value.json", "logs")
-        if path.name not in ours and not path.name.startswith("."):
-            raise ValueError(
-                f"output={output}: it holds {path.name}, which is no file of a writer of labels; "
-                "give a new or empty folder"
-            )
+    """Writes the folder."""
+    write_folder(folder, WEIGHTS, {"prompt": network.prompt}, labels, card)

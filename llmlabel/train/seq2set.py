@@ -22,24 +22,25 @@ from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmlabel import metrics, models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import require_columns
 from llmlabel.label.embedding import Encoder
 from llmlabel.labelspace import LabelSpace
 from llmlabel.loss.sets import Scheme, set_cross_entropy, transport_loss
-from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.softlabels import LABEL_COLUMNS
 from llmlabel.train import checkpoint
+from llmlabel.train.answers import read_errors, with_answers
+from llmlabel.train.folder import check_folder, folder_sha
 from llmlabel.train.loop import Fitted, Objective, fit, trained
 from llmlabel.train.network import LoRA, padded
 from llmlabel.train.set_decoder import (
-    FILES,
+    WEIGHTS,
     TextToSet,
-    check_folder,
     label_vectors,
     load_set_decoder,
     new_backbone,
@@ -205,28 +206,14 @@ def predict_label_sets(
 
     def compute(block: Dataset) -> Dataset:
         texts = block["text"][:]
-        kept = [row for row, text in enumerate(texts) if text.strip()]
-        errors: list[str | None] = ["empty text"] * len(texts)
-        for row in kept:
-            count = len(tokenizer(texts[row], verbose=False).input_ids)
-            cut = f"text cut: {count} tokens, the limit is {limit}"
-            errors[row] = cut if count > limit else None
+        kept, errors = read_errors(texts, tokenizer, limit)
         tokens = tokens_of(tokenizer, [texts[row] for row in kept], card["settings"])
         probs = np.zeros((len(texts), len(labels)))
         for chosen, logits in _written(network, tokens, pass_tokens):
             probs[[kept[row] for row in chosen]] = said_probs(logits)
-        return with_columns(
-            SoftLabels.from_dense(probs, labels).add_to(block),
-            {
-                "engine": ([name] * len(texts), Value("string")),
-                "error": (errors, Value("string")),
-                # of a teacher whose rows these may be, and nothing that a student has
-                "label_mass": ([None] * len(texts), Value("float32")),
-                "prompt_sha": ([None] * len(texts), Value("string")),
-            },
-        )
+        return with_answers(block, probs, labels, name=name, errors=errors)
 
-    digest = "".join(models.content_sha(model / name)[:8] for name in FILES)
+    digest = folder_sha(model, WEIGHTS)
     backbone_sha = models.model_sha(models.fetch(card["model"]))
     return map_blocks(
         dataset,
@@ -368,4 +355,4 @@ def _check(settings: dict[str, Any], labels: LabelSpace, output: Path) -> None:
     if settings["scheme"] not in get_args(Scheme):
         names = ", ".join(get_args(Scheme))
         raise ValueError(f"scheme is one of {names}; got {settings['scheme']!r}")
-    check_folder(output)
+    check_folder(output, WEIGHTS, what="a decoder of sets")

@@ -4,7 +4,6 @@ A model folder holds `set_decoder.safetensors` (all that was trained, and the la
 `labels.json` and `model_card.json`.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmlabel import models
-from llmlabel.files import commit, write_text
 from llmlabel.label.embedding import Encoder, unit_vectors
-from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.labelspace import LabelSpace
+from llmlabel.train.folder import read_folder, write_folder
 from llmlabel.train.loop import trained
 from llmlabel.train.network import PAPER_LORA, new_network, padded, pool
 
 WEIGHTS = "set_decoder.safetensors"
-FILES = ("model_card.json", "labels.json", WEIGHTS)
 
 
 class SetDecoder(torch.nn.Module):
@@ -173,23 +171,7 @@ def load_set_decoder(folder: Path) -> tuple[TextToSet, Any, LabelSpace, dict[str
         FileNotFoundError: the folder is none of `train_seq2set` or is half written.
         ValueError: one of its files is damaged, or its backbone cannot be loaded.
     """
-    from safetensors.torch import load_file
-
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"model folder {folder}: {name} is missing; give a folder of train_seq2set whose "
-                "training has finished"
-            )
-    labels = load_labels(folder / "labels.json")
-    with models.loading(folder):
-        card = json.loads((folder / "model_card.json").read_text("utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    if labels.fingerprint != card["labels"]:
-        raise ValueError(
-            f"model folder {folder}: labels.json is of label space {labels.fingerprint}, but the "
-            f"model was trained on {card['labels']}; train it again, or bring its own labels.json back"
-        )
+    tensors, labels, card = read_folder(folder, WEIGHTS, trainer="train_seq2set")
     with models.loading(folder), torch.random.fork_rng():
         backbone, tokenizer = new_backbone(card["model"], labels, card["settings"])
         network = TextToSet(backbone, tensors["decoder.vectors"][:-1], card["settings"])
@@ -208,27 +190,5 @@ def _own(network: TextToSet) -> dict[str, Tensor]:
 def save_set_decoder(
     network: TextToSet, labels: LabelSpace, card: dict[str, Any], folder: Path
 ) -> None:
-    """Writes the folder; the model card last, since a folder without it counts as unfinished."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_card.json").unlink(missing_ok=True)
-    own = {name: value.detach().cpu().contiguous() for name, value in _own(network).items()}
-    commit(folder / WEIGHTS, lambda path: save_file(own, path))
-    save_labels(labels, folder / "labels.json")
-    write_text(folder / "model_card.json", json.dumps(card, indent=2))
-
-
-def check_folder(output: Path) -> None:
-    """Refuses a folder whose files are not those of a decoder of sets.
-
-    Raises:
-        ValueError: names one of them.
-    """
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        ours = (*FILES, "kept.json", "value.json", "logs")
-        if path.name not in ours and not path.name.startswith("."):
-            raise ValueError(
-                f"output={output}: it holds {path.name}, which is no file of a decoder of sets; give a "
-                "new or empty folder"
-            )
+    """Writes the folder."""
+    write_folder(folder, WEIGHTS, _own(network), labels, card)

@@ -16,23 +16,24 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, with_columns
+from llmlabel.data import require_columns
 from llmlabel.engine.labelsets import LabelSets, label_sets
 from llmlabel.labelspace import LabelSpace
 from llmlabel.loss.soft import balanced_pos_weight
-from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.softlabels import LABEL_COLUMNS
 from llmlabel.train import checkpoint
+from llmlabel.train.answers import read_errors, with_answers
+from llmlabel.train.folder import check_folder, folder_sha
 from llmlabel.train.loop import Fitted, Objective, fit
 from llmlabel.train.network import padded
 from llmlabel.train.prompt_writer import (
-    FILES,
-    check_folder,
+    WEIGHTS,
     load_writer,
     new_writer,
     save_writer,
@@ -165,28 +166,14 @@ def write_labels(
 
     def compute(block: Dataset) -> Dataset:
         texts = block["text"][:]
-        kept = [row for row, text in enumerate(texts) if text and text.strip()]
-        errors: list[str | None] = ["empty text"] * len(texts)
-        for row in kept:
-            count = len(tokenizer(texts[row], verbose=False).input_ids)
-            cut = f"text cut: {count} tokens, the limit is {limit}"
-            errors[row] = cut if count > limit else None
+        kept, errors = read_errors(texts, tokenizer, limit)
         contexts = [_context(tokenizer, texts[row], limit) for row in kept]
         probs = np.zeros((len(texts), len(labels)))
         for row, reply in zip(kept, written(network, contexts, sets, pass_tokens), strict=True):
             probs[row, sets.read(reply)] = 1.0
-        return with_columns(
-            SoftLabels.from_dense(probs, labels).add_to(block),
-            {
-                "engine": ([name] * len(texts), Value("string")),
-                "error": (errors, Value("string")),
-                # of a teacher whose rows these may be, and nothing that a student has
-                "label_mass": ([None] * len(texts), Value("float32")),
-                "prompt_sha": ([None] * len(texts), Value("string")),
-            },
-        )
+        return with_answers(block, probs, labels, name=name, errors=errors)
 
-    digest = "".join(models.content_sha(model / name)[:8] for name in FILES)
+    digest = folder_sha(model, WEIGHTS)
     return map_blocks(
         dataset,
         compute,
@@ -326,7 +313,7 @@ def _check(settings: dict[str, Any], labels: LabelSpace, output: Path) -> None:
         )
     if settings["prompt_tokens"] < 1:
         raise ValueError(f"prompt_tokens must be at least 1; got {settings['prompt_tokens']}")
-    check_folder(output)
+    check_folder(output, WEIGHTS, what="a writer of labels")
 
 
 def _check_length(
