@@ -105,7 +105,8 @@ def save_and_tell(run):
         "units": [type(m).__name__ for m in modules if isinstance(m, FSDPModule)],
         "whole": [n for n, p in run.wrapped.named_parameters() if not isinstance(p, DTensor)],
     }
-    Path(output, ".parts.json").write_text(json.dumps(parts))
+    if PartialState().is_main_process:  # the other may be here before there is a folder
+        Path(output, ".parts.json").write_text(json.dumps(parts))
     if run.fitted.updates == int(stop_after):
         sys.exit(7)
 

@@ -1,8 +1,7 @@
+"""How a classifier is trained, and what its losses are."""
+
 import json
 import shutil
-import tracemalloc
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,55 +11,23 @@ import pytest
 import torch
 from datasets import Dataset, List, Value
 from safetensors import safe_open
-from scipy.sparse import csr_array
+from train.students import (
+    LABELS,
+    files,
+    killed_in_update,
+    losses_of,
+    table,
+    train,
+)
 
 from llmlabel.data import read_parquet, with_columns
-from llmlabel.engine.fake import FakeEngine
-from llmlabel.label.direct import label_direct
-from llmlabel.labelspace import LabelSpace, load_labels, save_labels
+from llmlabel.labelspace import load_labels
 from llmlabel.loss.longtail import LongTailLoss
-from llmlabel.refine.adapt import gold_labels
 from llmlabel.softlabels import SoftLabels
-from llmlabel.train import checkpoint, classifier, loop
-from llmlabel.train.classifier import predict, train_classifier
+from llmlabel.train import checkpoint, classifier
+from llmlabel.train.classifier import predict
 from llmlabel.train.network import LabelSupervised, LoRA
 from llmlabel.train.settings import EARLY, EarlyLearning, LongTail
-from llmlabel.train.student import training_rows, validation_rows
-
-LABELS = load_labels(["animal", "money"])
-NO_DROPOUT = LoRA(r=4, alpha=16, dropout=0.0)
-
-
-def table(rows: int = 24, labels: LabelSpace = LABELS) -> Dataset:
-    """Texts about two things, with soft labels that lean the right way."""
-    kinds = ["the cat sat", "business and money"]
-    texts = [kinds[i % 2] + " on the mat" * (i % 3) + f" {i}" for i in range(rows)]
-    probs = np.array([[0.9, 0.1], [0.2, 0.8]])[np.arange(rows) % 2]
-    ids = [f"r{i}" for i in range(rows)]
-    return SoftLabels.from_dense(probs, labels).add_to(
-        Dataset.from_dict({"id": ids, "text": texts})
-    )
-
-
-def train(
-    dataset: Dataset, model: Path, output: Path, labels: LabelSpace = LABELS, **given: object
-) -> Path:
-    arguments = {
-        "pooling": "mean",
-        "learning_rate": 0.02,
-        "num_train_epochs": 6,
-        "dtype": "float32",
-        "per_device_train_batch_size": 8,
-        "lora": NO_DROPOUT,
-        "max_length": 128,
-    }
-    return train_classifier(
-        dataset, labels, model=str(model), output=output, **{**arguments, **given}
-    )
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -136,29 +103,6 @@ def test_weights_count_like_copies(tiny_encoder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def test_predictions_do_not_depend_on_batch_padding_or_order(student: Path) -> None:
-    rows = table()
-    whole = SoftLabels.from_dataset(predict(rows, model=student), LABELS).dense()
-    for given in ({"pass_tokens": 1}, {"block_rows": 5}, {"pass_tokens": 100_000}):
-        other = SoftLabels.from_dataset(predict(rows, model=student, **given), LABELS).dense()
-        np.testing.assert_allclose(other, whole, atol=1e-5)
-    back = predict(rows.select(range(23, -1, -1)), model=student)
-    np.testing.assert_allclose(
-        SoftLabels.from_dataset(back, LABELS).dense()[::-1], whole, atol=1e-5
-    )
-
-
-def test_empty_and_long_texts(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    rows = Dataset.from_dict({"id": ["a", "b", "c"], "text": ["", "cat " * 20_000, "cat"]})
-    short = train(table(), tiny_encoder, tmp_path / "m", max_length=32, num_train_epochs=1)
-    got = predict(rows, model=short)
-    assert got["label_ids"][0] == []
-    assert got["error"][0] == "empty text"
-    assert got["error"][1].endswith("the limit is 32")
-    assert len(got["label_ids"][1]) == 2
-    assert got["error"][2] is None
-
-
 def test_multilabel_trains_each_label_alone(tiny_encoder: Path, tmp_path: Path) -> None:
     labels = load_labels(["animal", "mat"], multilabel=True)
     rows = table(labels=labels)
@@ -186,25 +130,10 @@ def test_accumulated_batches_equal_one_large_batch(tiny_encoder: Path, tmp_path:
     np.testing.assert_allclose(one, two, atol=1e-4)
 
 
-def test_reloaded_students_are_the_trained_ones(student: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(student, tmp_path / "moved")
-    one, two = (predict(table(), model=m)["label_probs"][:] for m in (student, moved))
-    assert one == two
-    config = json.loads((student / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(config["target_modules"])
-
-
 def test_training_leaves_the_global_generator_alone(tiny_encoder: Path, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     train(table(), tiny_encoder, tmp_path, num_train_epochs=1, lora=LoRA(r=4))
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_nothing_of_a_teacher_is_left_in_a_students_rows(student: Path) -> None:
-    rows = label_direct(table(), FakeEngine(), LABELS)
-    got = predict(rows, model=student)
-    assert set(got["label_mass"]) == set(got["prompt_sha"]) == {None}
-    assert got.column_names == rows.column_names
 
 
 def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -242,48 +171,7 @@ def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
         predict(table(), model=half)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("head.safetensors", r"model '.*damaged' cannot be loaded \(SafetensorError"),
-        ("adapter_model.safetensors", r"model '.*damaged' cannot be loaded \(SafetensorError"),
-        ("adapter_config.json", r"model '.*damaged' cannot be loaded \(JSONDecodeError"),
-        ("model_card.json", r"model '.*damaged' cannot be loaded \(JSONDecodeError"),
-        ("labels.json", r"damaged/labels.json: line \d+ is not JSON"),
-    ],
-)
-def test_a_damaged_student_is_named(student: Path, tmp_path: Path, name: str, message: str) -> None:
-    damaged = shutil.copytree(student, tmp_path / "damaged")
-    content = (damaged / name).read_bytes()
-    (damaged / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=message) as caught:
-        predict(table(), model=damaged)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_student_with_the_labels_of_another(student: Path, tmp_path: Path) -> None:
-    mixed = shutil.copytree(student, tmp_path / "mixed")
-    save_labels(load_labels(["animal", "other"]), mixed / "labels.json")
-    with pytest.raises(ValueError, match=r"mixed: labels.json is of label space .* was trained on"):
-        predict(table(), model=mixed)
-
-
-# ------------------------------------------------------------- targets, validation, checkpoints
-
-
-def losses_of(
-    monkeypatch: pytest.MonkeyPatch, rows: Dataset, labels: LabelSpace, **given: Any
-) -> Any:
-    """The function that `train_classifier` trains with, and its rows."""
-    found: dict[str, Any] = {}
-
-    def train_student(rows: Any, labels: Any, losses: Any, settings: Any, **more: Any) -> Path:
-        found.update(losses=losses, rows=rows, more=more)
-        return Path("model")
-
-    monkeypatch.setattr(classifier, "train_student", train_student)
-    train_classifier(rows, labels, model="m", output=Path("o"), **given)
-    return found
+# --------------------------------------------------------------------------- losses and checkpoints
 
 
 def test_smoothing_and_class_weights_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,33 +234,6 @@ def test_early_learning_adds_its_penalty(monkeypatch: pytest.MonkeyPatch) -> Non
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_validation_keeps_the_best_epoch_and_counts_overlap(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    gold = [[i % 2] if i else None for i in range(10)]
-    seen = with_columns(table(10), {"gold": (gold, List(Value("int32")))})
-    with pytest.warns(UserWarning, match="9 of 9 validation rows repeat a training row"):
-        folder = train(table(), tiny_encoder, tmp_path, validation=seen, learning_rate=0.3)
-    card = json.loads((folder / "model_card.json").read_text())
-    told = card["validation"]
-    assert (told["rows"], told["repeat_training_rows"], len(told["epochs"])) == (9, 9, 6)
-    values = [one["loss"] for one in told["epochs"]]
-    assert told["best_epoch"] == int(np.argmin(values))
-    probs = SoftLabels.from_dataset(predict(seen, model=folder), LABELS).dense()[1:]
-    own = -np.log(probs[np.arange(9), [(i + 1) % 2 for i in range(9)]]).mean()
-    assert own == pytest.approx(min(values), rel=1e-3)
-
-    soft = table(6).select([4, 5])
-    strangers = with_columns(
-        soft, {"id": (["a", "b"], Value("string")), "text": (["new", "words"], Value("string"))}
-    )
-    folder = train(table(), tiny_encoder, tmp_path / "soft", validation=strangers)
-    card = json.loads((folder / "model_card.json").read_text())
-    assert card["validation"]["repeat_training_rows"] == 0
-    with pytest.raises(ValueError, match="none of the 1 validation rows has a text and a label"):
-        train(table(), tiny_encoder, tmp_path / "none", validation=seen.select([0]))
-
-
 def test_a_killed_training_continues_to_the_same_bytes(
     student: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,143 +260,6 @@ def test_a_killed_training_continues_to_the_same_bytes(
     assert not (again / checkpoint.NAME).exists()
 
 
-def validation_of(texts: list[str], gold: list[int], **columns: object) -> Dataset:
-    rows = Dataset.from_dict({"text": texts, **columns})
-    return with_columns(rows, {"gold": ([[one] for one in gold], List(Value("int32")))})
-
-
-def killed_in_update(
-    number: int, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Path], **given: Any
-) -> None:
-    alive, calls = loop._Run.update, iter(range(1000))
-
-    def update(run: Any, chosen: list[int]) -> None:
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        alive(run, chosen)
-
-    with monkeypatch.context() as now:
-        now.setattr(loop._Run, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            call(save_steps=1, **given)
-
-
-def test_a_checkpoint_with_other_validation_rows_is_not_continued(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = ["the cat", "money", "a cat", "business"]
-    right, wrong = validation_of(texts, [0, 1, 0, 1]), validation_of(texts, [1, 0, 1, 0])
-    for number, seen in enumerate([right, None]):
-        place = tmp_path / str(number)
-        given = {"num_train_epochs": 2}
-        killed_in_update(
-            4, monkeypatch, partial(train, table(), tiny_encoder, place), validation=wrong, **given
-        )
-        again = train(table(), tiny_encoder, place, validation=seen, **given)
-        fresh = train(table(), tiny_encoder, tmp_path / f"f{number}", validation=seen, **given)
-        assert files(again) == files(fresh)
-
-
-def test_patience_needs_validation_rows(tiny_encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="early_stopping_patience=2 needs `validation`, rows"):
-        train(table(), tiny_encoder, tmp_path, early_stopping_patience=2)
-
-
-def test_a_repeated_row_is_told_by_id_or_words_and_nothing_else(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    rows, texts = table(4), ["new", "words"]
-    with_numbers = with_columns(rows, {"id": ([5, 6, 7, 8], Value("int64"))})
-    nameless = rows.remove_columns("id")
-    marks = with_columns(rows, {"text": (["!!!", "...", "a", "b"], Value("string"))})
-    for number, (trained, seen, expected) in enumerate(
-        [
-            (with_numbers, validation_of(texts, [0, 1], id=[8, 9]), 1),
-            (nameless, validation_of(texts, [0, 1], id=["0", "1"]), 0),
-            (nameless, validation_of(texts, [0, 1]), 0),
-            (marks, validation_of(["???", "!!!"], [0, 1]), 1),
-        ]
-    ):
-        warned = pytest.warns(UserWarning, match="1 of 2") if expected else nullcontext()
-        given = {"validation": seen, "num_train_epochs": 1}
-        with warned:
-            folder = train(trained, tiny_encoder, tmp_path / str(number), **given)
-        card = json.loads((folder / "model_card.json").read_text())
-        assert card["validation"]["repeat_training_rows"] == expected
-
-
-def test_validation_rows_that_nobody_could_read_are_left_out() -> None:
-    many = load_labels(["a", "b"], multilabel=True)
-    probs = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    soft = SoftLabels.from_dense(probs, many).add_to(table(3))
-    ids, _, targets = validation_rows(soft, many)
-    assert ids == ["r0", "r2"]
-    assert targets.tolist() == [[1.0, 0.0], [1.0, 1.0]]
-    gold = with_columns(soft, {"gold": ([[0], [], None], List(Value("int32")))})
-    ids, _, targets = validation_rows(gold, many)
-    assert ids == ["r0", "r1"]  # of gold, no label says that none is true
-    assert targets.tolist() == [[1.0, 0.0], [0.0, 0.0]]
-
-
-def test_rows_of_no_label_are_learned_where_they_were_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    many = load_labels(["animal", "money"], multilabel=True)
-    probs = np.array([[0.9, 0.1], [0.0, 0.0], [0.0, 0.0]])
-    rows = SoftLabels.from_dense(probs, many).add_to(table(3))
-    assert losses_of(monkeypatch, rows, many)["rows"].ids == ["r0"]  # nobody says that it was read
-    told = with_columns(rows, {"error": ([None, None, "unreadable"], Value("string"))})
-    assert losses_of(monkeypatch, told, many)["rows"].ids == ["r0", "r1"]
-    gold = with_columns(table(3), {"gold": ([[0], [], [1]], List(Value("int32")))})
-    assert losses_of(monkeypatch, gold_labels(gold, many), many)["rows"].ids == ["r0", "r1", "r2"]
-    single = with_columns(table(3), {"error": ([None] * 3, Value("string"))})
-    empty = SoftLabels.from_dense(probs, LABELS).add_to(single)
-    assert losses_of(monkeypatch, empty, LABELS)["rows"].ids == ["r0"]
-
-
-def test_targets_are_those_of_the_rows_and_are_kept_sparse() -> None:
-    """20,000 rows of 3 labels among 1,000 took 160 MB as a table; one value stored as 0 is none."""
-    labels = load_labels([f"l{i}" for i in range(1000)])
-    rng = np.random.default_rng(0)
-    ids = np.sort(rng.permutation(1000)[: 3 * 333].reshape(3, 333), axis=0)[
-        :, rng.integers(0, 333, 20_000)
-    ].T
-    probs = rng.dirichlet(np.ones(3), 20_000).astype(np.float32) * np.float32(0.9)
-    probs[0, 0] = 0.0
-    stored = csr_array((probs.ravel(), ids.ravel(), np.arange(20_001) * 3), shape=(20_000, 1000))
-    texts = Dataset.from_dict({"text": ["a text"] * 20_000})
-    dataset = SoftLabels(stored, labels.fingerprint).add_to(texts)
-    tracemalloc.start()
-    rows = training_rows(dataset, labels)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 30e6
-    assert rows.soft.nnz == 59_999
-    expected = probs[:8].astype(np.float64) / probs[:8].astype(np.float64).sum(
-        axis=1, keepdims=True
-    )
-    found = rows.block(list(range(8))).numpy()
-    np.testing.assert_allclose(np.take_along_axis(found, ids[:8], axis=1), expected, rtol=1e-14)
-    np.testing.assert_allclose(found.sum(axis=1), 1.0)
-
-
-def test_balanced_labels_are_balanced_in_the_validation_loss_too(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    """With three of four rows of the first label, a row of the second counts three times as much."""
-    probs = np.eye(2)[[0, 0, 0, 1] * 6]
-    rows = SoftLabels.from_dense(probs, LABELS).add_to(table(24))
-    seen = validation_of(["new", "words", "here"], [0, 1, 1], id=["a", "b", "c"])
-    folder = train(
-        rows, tiny_encoder, tmp_path, validation=seen, class_weights="balanced", num_train_epochs=1
-    )
-    card = json.loads((folder / "model_card.json").read_text())
-    found = SoftLabels.from_dataset(predict(seen, model=folder), LABELS).dense()
-    each = -np.log(found[np.arange(3), [0, 1, 1]])
-    expected = (each * [2 / 3, 2, 2]).mean()
-    assert card["validation"]["epochs"][0]["loss"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_what_was_remembered_is_written_as_it_was_kept(tiny_encoder: Path, tmp_path: Path) -> None:
     """Two of three labels a row; a row is never more than what it has."""
     labels = load_labels(["animal", "money", "mat"])
@@ -547,6 +271,9 @@ def test_what_was_remembered_is_written_as_it_was_kept(tiny_encoder: Path, tmp_p
     probs = SoftLabels.from_dataset(kept, labels).dense()
     assert (np.count_nonzero(probs, axis=1) == 2).all()
     assert (probs.sum(axis=1) < 0.3).all()  # one epoch: 0.3 of a prediction
+
+
+# --------------------------------------------------------------------------------------- long tails
 
 
 MANY = load_labels(["animal", "money", "mat"], multilabel=True)
