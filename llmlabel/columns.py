@@ -35,6 +35,8 @@ COLUMNS: dict[str, str] = {
     "select_score": "float32 or null: how much it wants it, higher is sooner",
     "select_reason": "string or null: why it was taken or left out",
     "band": "string or null: what was done with the soft label (keep, soften, replace, drop)",
+    "excluded_ids": "list<int32>: labels that may be true though the row lacks them: no negatives",
+    "negative_ids": "list<int32>: labels hard to tell from the row's own, hardest first",
     "added_ids": "list<int32>: labels added to incomplete gold",
     "suspect": "bool or null: whether early epochs of a student found another label; null = not trained",
     "early_id": "int32 or null: the label that early epochs of a student found; null = not trained",
@@ -99,6 +101,9 @@ ADDED_BY = {
     "agreement": "llmlabel.refine.aggregate.aggregate adds it",
     **dict.fromkeys(
         ("view_variance", "view_entropy", "softness"), "llmlabel.refine.views.add_softness adds it"
+    ),
+    **dict.fromkeys(
+        ("excluded_ids", "negative_ids"), "llmlabel.train.mining.mine_negatives adds it"
     ),
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",

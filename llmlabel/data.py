@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from jaxtyping import Bool, Int
+from scipy.sparse import csr_array
 
 from llmlabel.columns import ADDED_BY, COLUMNS, READABLE
 from llmlabel.files import (
@@ -250,21 +251,29 @@ def gold_matrix(dataset: Dataset, labels: LabelSpace) -> Bool[np.ndarray, "rows 
     return matrix
 
 
+def label_csr(dataset: Dataset, labels: LabelSpace, *, column: str = "gold") -> csr_array:
+    """The labels that a column lists for each row, as ones of shape (rows, labels)."""
+    rows, values = _golds_given(dataset, labels, column)
+    found = csr_array((np.ones(len(rows)), (rows, values)), shape=(len(dataset), len(labels)))
+    found.data[:] = 1.0  # a label that is listed twice
+    return found
+
+
 def _golds_given(
-    dataset: Dataset, labels: LabelSpace
+    dataset: Dataset, labels: LabelSpace, column: str = "gold"
 ) -> tuple[Int[np.ndarray, " golds"], Int[np.ndarray, " golds"]]:
-    """Row and label of every gold label, by row."""
-    require_columns(dataset, "gold")
-    lists = arrow_table(dataset.select_columns(["gold"]))["gold"].combine_chunks()
+    """Row and label of every label listed, by row."""
+    require_columns(dataset, column)
+    lists = arrow_table(dataset.select_columns([column]))[column].combine_chunks()
     lists = lists.cast(pa.list_(pa.int64()))
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(dataset)), lengths.astype(np.int64))
     values = lists.flatten().fill_null(-1).to_numpy(zero_copy_only=False)
     if (outside := np.flatnonzero((values < 0) | (values >= len(labels)))).size:
-        row = dataset[int(rows[outside[0]])]
+        id = dataset[int(rows[outside[0]])].get("id")
         raise ValueError(
-            f"row with id {row.get('id')!r} has the gold label {values[outside[0]]}, but there are "
-            f"only {len(labels)} labels; load gold with this label space"
+            f"row with id {id!r} has the {column} label {values[outside[0]]}, but there are only "
+            f"{len(labels)} labels; load {column} with this label space"
         )
     return rows, values
 

@@ -153,12 +153,18 @@ def loading(model: str | Path) -> Iterator[None]:
 
 
 def load_encoder(model: str | Path | T) -> "SentenceTransformer | T":
-    """A sentence-transformers model in inference mode; what is no path or name stays as it is."""
+    """A sentence-transformers model in inference mode; what is no path or name stays as it is.
+
+    Of a folder of `llmlabel.train.dual_encoder` it is the one that reads texts.
+    """
     if not isinstance(model, str | Path):
         return model
     from sentence_transformers import SentenceTransformer
 
     path = fetch(model)
+    inner = Path(path, "encoder")
+    if (inner / "modules.json").is_file() and not Path(path, "modules.json").is_file():
+        path = str(inner)
     with loading(model):
         return SentenceTransformer(path)
 

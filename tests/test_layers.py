@@ -24,7 +24,7 @@ HEAVY = (
     "llguidance",
 )
 LAYERS = (
-    "strictyaml files columns data blocks models labelspace softlabels prompt metrics progress",
+    "strictyaml files columns data blocks models labelspace softlabels prompt metrics progress xmc",
     "engine loss refine calibrate select",
     "taxonomy label train report",
     "recipe cli __main__ __init__",

@@ -1,12 +1,21 @@
 """How good rankings of very many labels are: P@k, R@k, nDCG@k and their propensity-scored forms.
 
+Also where it comes from: the share of frequent, of rare and of unseen labels.
+
 Scores and gold are CSR of (rows, labels). What a row does not store is ranked after all that it
 stores, and is no hit. A row without gold counts, with 0.
 """
 
+from typing import Any
+
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
+
+from llmlabel.data import label_csr, require_columns
+from llmlabel.labelspace import LabelSpace
+from llmlabel.softlabels import SoftLabels
 
 
 def ranked(scores: csr_array, *, k: int) -> Int[np.ndarray, "rows k"]:
@@ -69,6 +78,107 @@ def inverse_propensity(
     c = (np.log(gold.shape[0]) - 1) * (b + 1) ** a
     weights: np.ndarray = 1 + c * (count + b) ** -a
     return weights
+
+
+def frequency_groups(
+    counts: Int[np.ndarray, " labels"], *, groups: int = 10
+) -> Int[np.ndarray, " labels"]:
+    """The group of each label by how often it is gold in training: 0 is the most frequent tenth.
+
+    The rarest are in the last group, labels that never occur in -1 (zero-shot). Labels that are
+    equally frequent stay together, in the group of the middle one of them, so that nothing depends on
+    their order; groups can be unequal or empty.
+    """
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if counts.size and counts.min() < 0:
+        raise ValueError(
+            f"a label cannot be gold {counts.min()} times; give counts of training rows"
+        )
+    times, place, labels = np.unique(-counts, return_inverse=True, return_counts=True)
+    labels = np.where(times < 0, labels, 0)
+    after = np.cumsum(labels)
+    group = np.where(times < 0, groups * (2 * after - labels) // max(2 * int(labels.sum()), 1), -1)
+    found: np.ndarray = group[place]
+    return found
+
+
+def ranking_by_frequency(
+    scores: csr_array,
+    gold: csr_array,
+    counts: Int[np.ndarray, " labels"],
+    *,
+    k: int,
+    groups: int = 10,
+) -> list[dict[str, Any]]:
+    """Which labels `P@k` comes from: a line for each of `frequency_groups`, zero-shot ones last.
+
+    Each line has `group` (1 = the most frequent, or "zero-shot"), the number of `labels`, `least` and
+    `most` training rows of one, the `gold` pairs and `hits` among the first k of these rows, the part
+    `P@k` of the whole P@k (the lines sum up to it), and the recall `R@k` = hits / gold over pairs.
+    """
+    if not len(counts) == scores.shape[1] == gold.shape[1]:
+        raise ValueError(
+            f"{scores.shape[1]} labels have scores, {gold.shape[1]} gold and {len(counts)} counts; "
+            "all must be of one label space"
+        )
+    of = frequency_groups(counts, groups=groups)
+    true, top = csr_array(gold != 0), ranked(scores, k=k)
+    hit = top[_held(top, true)]
+    lines = []
+    for group in (*range(groups), -1):
+        own = counts[of == group]
+        pairs, hits = int((of[true.indices] == group).sum()), int((of[hit] == group).sum())
+        lines.append(
+            {
+                "group": "zero-shot" if group < 0 else group + 1,
+                "labels": len(own),
+                "least": int(own.min()) if own.size else None,
+                "most": int(own.max()) if own.size else None,
+                "gold": pairs,
+                "hits": hits,
+                f"P@{k}": hits / (k * len(top)),
+                f"R@{k}": hits / pairs if pairs else 0.0,
+            }
+        )
+    return lines
+
+
+def measure_ranking(
+    sources: dict[str, Dataset],
+    labels: LabelSpace,
+    *,
+    training: Dataset | None = None,
+    ks: tuple[int, ...] = (1, 3, 5),
+) -> dict[str, dict[str, float]]:
+    """`ranking_scores` of each source, over its rows whose gold is known, and the recall of all stored.
+
+    Args:
+        sources: name -> rows with `gold` and soft labels.
+        labels: their label space.
+        training: rows with `gold` whose counts give the propensities; null leaves the propensity-scored
+            numbers out.
+        ks: how many labels of a row count.
+
+    Raises:
+        ValueError: a source has no row whose gold is known.
+    """
+    weights = None
+    if training is not None:
+        weights = inverse_propensity(label_csr(training, labels))
+    found = {}
+    for name, dataset in sources.items():
+        require_columns(dataset, "gold")
+        known = np.flatnonzero([own is not None for own in dataset["gold"][:]])
+        if not len(known):
+            raise ValueError(f"measure_ranking: no row of the source {name!r} has known gold")
+        rows = dataset.select(known)
+        probs, gold = SoftLabels.from_dataset(rows, labels).probs, label_csr(rows, labels)
+        most = int(np.diff(probs.indptr).max(initial=1))
+        numbers = ranking_scores(probs, gold, ks=(*ks, most), inverse_propensity=weights)
+        kept = {key: value for key, value in numbers.items() if int(key.partition("@")[2]) in ks}
+        found[name] = {"rows": float(len(known)), **kept, "R@stored": numbers[f"R@{most}"]}
+    return found
 
 
 def without_pairs(scores: csr_array, pairs: Int[np.ndarray, "pairs 2"]) -> csr_array:

@@ -8,7 +8,7 @@ from datasets import Dataset, List, Value
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 
-from llmlabel.data import gold_index, gold_matrix, rows_of, with_columns
+from llmlabel.data import gold_index, gold_matrix, label_csr, rows_of, with_columns
 from llmlabel.files import arrow_table
 from llmlabel.labelspace import LabelSpace
 from llmlabel.select import row_weights
@@ -134,7 +134,7 @@ def gold_labels(dataset: Dataset, labels: LabelSpace) -> Dataset:
     Raises:
         ValueError: gold of a row is unknown in a multi-label space, where no label means "none".
     """
-    found = gold_matrix(dataset, labels).astype(np.float64)
+    found = label_csr(dataset, labels)
     unknown = [row for row, ids in enumerate(dataset["gold"]) if ids is None]
     if unknown and labels.multilabel:
         row = dataset[unknown[0]]
@@ -143,8 +143,8 @@ def gold_labels(dataset: Dataset, labels: LabelSpace) -> Dataset:
             "a label they would say that they have none"
         )
     if not labels.multilabel:
-        found /= np.maximum(found.sum(axis=1, keepdims=True), 1)
-    rows = SoftLabels.from_dense(found, labels).add_to(dataset)
+        found.data /= np.repeat(found.sum(axis=1), np.diff(found.indptr))
+    rows = SoftLabels(found, labels.fingerprint, labels.multilabel).add_to(dataset)
     if not labels.multilabel or "error" in dataset.column_names:
         return rows
     # An empty label without an error says that no label is true.

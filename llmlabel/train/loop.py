@@ -9,7 +9,7 @@ as one that was never disturbed.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from llmlabel import models, progress
 from llmlabel.loss.soft import weighted_mean
 from llmlabel.train import checkpoint, shards
+from llmlabel.train.batches import passes, update_batches
 from llmlabel.train.settings import NO_RESULT, learning_rate_factor, number_format
 
 _SAVE_SECONDS = 60.0
@@ -42,6 +43,19 @@ class Memory(Protocol):
         """Tells each process what the others saw; after every epoch and before a checkpoint."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """What is asked of `Objective.gradient`."""
+
+    accelerator: Any
+    number: int
+    """Counted from 0."""
+    rows: list[int]
+    """Of all processes, in one order."""
+    total: float
+    """Their weight."""
+
+
 @dataclass(eq=False)
 class Objective:
     """What is trained, and by what."""
@@ -54,15 +68,19 @@ class Objective:
     lengths: Sequence[int]
     """Tokens of each row."""
     weights: Float[np.ndarray, " rows"]
-    inputs: Callable[[list[int]], tuple[Tensor, ...]]
+    inputs: Callable[[list[int]], tuple[Tensor, ...]] | None
     """Rows -> what the network takes, padded."""
-    losses: Callable[[Any, list[int]], Float[Tensor, " some"]]
+    losses: Callable[[Any, list[int]], Float[Tensor, " some"]] | None
     """What the network gave, rows -> the loss of each."""
     memory: Memory | None = None
     after_update: Callable[[], None] | None = None
     """Called by all processes when the weights have changed."""
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None
     """The network -> numbers of the validation rows; the lowest `loss` is kept."""
+    gradient: Callable[[Update], Float[Tensor, ""]] | None = None
+    """In the place of `inputs` and `losses`, where the loss of a row depends on the other rows: adds
+    the whole gradient of an update, in each of the processes, and gives its share of the summed loss.
+    It calls the network's parts, not the network."""
 
 
 @dataclass
@@ -114,6 +132,10 @@ def fit(
     """
     accelerator = _accelerator(settings, name, output)
     shards.divide_by_layer(accelerator, objective.network)
+    if objective.gradient is not None and accelerator.is_fsdp2:
+        raise ValueError(
+            f"{name}: its weights cannot be divided by FSDP; launch with recipes/accelerate/ddp.yaml"
+        )
     optimizer = torch.optim.AdamW(objective.groups, weight_decay=settings["weight_decay"])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer = accelerator.prepare(objective.network, optimizer)
@@ -135,7 +157,7 @@ def fit(
     with progress.task(name, steps, "updates") as advance:
         advance(done)
         for update, chosen in enumerate(
-            _update_batches(objective.lengths, update_rows, settings, steps)
+            update_batches(objective.lengths, update_rows, settings, steps)
         ):
             if update < done:
                 continue
@@ -184,7 +206,11 @@ class _Run:
         accelerator, settings, number = self.accelerator, self.settings, self.fitted.updates
         torch.manual_seed(_seed(settings["seed"], number, accelerator.process_index))
         total = float(self.objective.weights[chosen].sum())
-        summed = self._gradient(chosen, total)
+        if self.objective.gradient is None:
+            summed = self._gradient(chosen, total)
+        else:
+            with accelerator.no_sync(self.wrapped):
+                summed = self.objective.gradient(Update(accelerator, number, chosen, total))
         due = time.monotonic() - self.saved_at > _SAVE_SECONDS
         told = torch.stack([summed, torch.tensor(float(due), device=summed.device)])
         loss, some_due = accelerator.reduce(told, "sum").tolist()
@@ -209,18 +235,20 @@ class _Run:
     def _gradient(self, chosen: list[int], total: float) -> Float[Tensor, ""]:
         """Adds the gradient of an update; the summed loss of this process's rows."""
         accelerator, objective, settings = self.accelerator, self.objective, self.settings
+        if objective.inputs is None or objective.losses is None:
+            raise TypeError("an objective needs inputs and losses, or a gradient")
         count = accelerator.num_processes
         dtype = number_format(settings["dtype"], accelerator.device)
         everyones = [
-            list(_passes(chosen[rank::count], objective.lengths, settings)) for rank in range(count)
+            list(passes(chosen[rank::count], objective.lengths, settings)) for rank in range(count)
         ]
-        passes = everyones[accelerator.process_index]
+        mine = everyones[accelerator.process_index]
         # Divided weights are put together by all processes at once, in every pass.
         least = max(map(len, everyones)) if accelerator.is_fsdp2 else 1
-        passes += [[]] * (least - len(passes))
+        mine += [[]] * (least - len(mine))
         summed = torch.zeros((), device=accelerator.device)
-        for number, rows in enumerate(passes):
-            is_last = number == len(passes) - 1
+        for number, rows in enumerate(mine):
+            is_last = number == len(mine) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
                 # An idle process still joins the exchange: with somebody's row, and no loss.
                 inputs = [
@@ -356,40 +384,3 @@ def _key(key: str, settings: dict[str, Any], processes: int) -> str:
 
 def _seed(seed: int, update: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, update, rank]).generate_state(1)[0])
-
-
-def _update_batches(
-    lengths: Sequence[int], update_rows: int, settings: dict[str, Any], steps: int
-) -> Iterator[list[int]]:
-    """The rows of each update: all once an epoch, in random order, each update's of similar length."""
-    rng = np.random.default_rng(settings["seed"])
-    made = 0
-    while True:
-        order = rng.permutation(len(lengths))
-        window = 8 * update_rows
-        batches: list[list[int]] = []
-        for start in range(0, len(order), window):
-            some = sorted(order[start : start + window].tolist(), key=lambda i: (lengths[i], i))
-            batches += [some[i : i + update_rows] for i in range(0, len(some), update_rows)]
-        for index in rng.permutation(len(batches)):
-            if made == steps:
-                return
-            made += 1
-            yield batches[index]
-
-
-def _passes(
-    rows: list[int], lengths: Sequence[int], settings: dict[str, Any]
-) -> Iterator[list[int]]:
-    """Rows in their order, as many at a time as fit."""
-    part: list[int] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, lengths[row])
-        most = settings["per_device_train_batch_size"]
-        if part and (len(part) == most or (len(part) + 1) * longest > settings["pass_tokens"]):
-            yield part
-            part, longest = [], lengths[row]
-        part.append(row)
-    if part:
-        yield part

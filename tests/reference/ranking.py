@@ -1,6 +1,7 @@
 """Twins of `llmlabel.metrics.ranking`, one row after another."""
 
 import math
+from fractions import Fraction
 
 
 def ranked(row, k):
@@ -41,3 +42,29 @@ def inverse_propensity(gold, labels, a, b):
     c = (math.log(rows) - 1) * (b + 1) ** a
     counts = [sum(label in true for true in gold) for label in range(labels)]
     return [1 + c * (count + b) ** (-a) for count in counts]
+
+
+def frequency_group(counts, label, groups):
+    """How much of the labels that occur lies before the middle of those that are as frequent."""
+    if not counts[label]:
+        return -1
+    seen = sum(count > 0 for count in counts)
+    before = sum(count > counts[label] for count in counts)
+    equal = sum(count == counts[label] for count in counts)
+    return math.floor(Fraction(2 * before + equal, 2 * seen) * groups)
+
+
+def by_frequency(rows, gold, counts, k, groups):
+    """(labels, gold pairs, hits) of each group, the unseen labels last."""
+    of = [frequency_group(counts, label, groups) for label in range(len(counts))]
+    lines = []
+    for group in [*range(groups), -1]:
+        pairs = sum(of[label] == group for true in gold for label in true)
+        hits = sum(
+            of[label] == group
+            for row, true in zip(rows, gold, strict=True)
+            for label in ranked(row, k)
+            if label in true
+        )
+        lines.append((sum(each == group for each in of), pairs, hits))
+    return lines

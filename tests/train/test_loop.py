@@ -13,7 +13,8 @@ from torch import Tensor
 from llmlabel.loss.soft import soft_cross_entropy
 from llmlabel.train import checkpoint, loop
 from llmlabel.train import settings as settings_module
-from llmlabel.train.loop import Fitted, Objective, _passes, _update_batches, fit
+from llmlabel.train.batches import passes, update_batches
+from llmlabel.train.loop import Fitted, Objective, fit
 from llmlabel.train.network import padded
 from llmlabel.train.settings import learning_rate_factor, settle, settle_student
 
@@ -144,18 +145,18 @@ def test_batches_hold_every_row_once_an_epoch_and_passes_fit(seed: int) -> None:
     size, most = int(rng.integers(1, 20)), int(rng.integers(1, 200))
     given = {"seed": seed, "per_device_train_batch_size": size, "pass_tokens": most}
     per_epoch = -(-len(lengths) // size)
-    batches = list(_update_batches(lengths, size, given, 2 * per_epoch))
+    batches = list(update_batches(lengths, size, given, 2 * per_epoch))
     assert len(batches) == 2 * per_epoch
     for epoch in (batches[:per_epoch], batches[per_epoch:]):
         assert sorted(row for batch in epoch for row in batch) == list(range(len(lengths)))
     for batch in batches:
-        passes = list(_passes(batch, lengths, given))
-        assert [row for part in passes for row in part] == batch
-        for part in passes:
+        parts = list(passes(batch, lengths, given))
+        assert [row for part in parts for row in part] == batch
+        for part in parts:
             longest = max(lengths[row] for row in part)
             assert len(part) <= size
             assert len(part) == 1 or len(part) * longest <= most
-        for part, after in pairwise(passes):  # no pass could have been larger
+        for part, after in pairwise(parts):  # no pass could have been larger
             more = [*part, after[0]]
             longest = max(lengths[row] for row in more)
             assert len(more) > size or len(more) * longest > most
@@ -166,7 +167,7 @@ def test_rows_of_an_update_have_similar_lengths() -> None:
     [sorted_waste, random_waste] = [
         np.mean([max(lengths[i] for i in batch) for batch in batches])
         for batches in (
-            list(_update_batches(lengths, 16, {"seed": 0}, 40)),
+            list(update_batches(lengths, 16, {"seed": 0}, 40)),
             np.random.default_rng(1).permutation(640).reshape(40, 16).tolist(),
         )
     ]

@@ -1,0 +1,419 @@
+"""Training of dual encoders: gradients, negatives, what is remembered, resume, folders, bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from scipy.sparse import csr_array
+
+from llmlabel.label.index import check_encoder, load_index
+from llmlabel.labelspace import LabelSpace, load_labels
+from llmlabel.refine.adapt import gold_labels
+from llmlabel.train import loop
+from llmlabel.train.dual_encoder import load_dual_encoder, train_dual_encoder
+from llmlabel.train.dual_step import relevance
+from llmlabel.train.label_pool import LabelPool
+from llmlabel.train.towers import encode, load_tower, tokens_of
+
+NONE = np.zeros(0, dtype=np.int64)
+WORDS = ["cat", "dog", "fish", "bank", "money", "ball", "goal", "tree", "leaf", "stone", "river"]
+
+
+@pytest.fixture(scope="module")
+def tower(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random sentence-transformers model."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    transformer = Transformer(str(tiny_encoder))
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    folder = tmp_path_factory.mktemp("tower")
+    SentenceTransformer(modules=[transformer, pooling]).save(str(folder), create_model_card=False)
+    return folder
+
+
+def with_dropout(tower: Path, folder: Path) -> Path:
+    """The same model with dropout."""
+    import shutil
+
+    shutil.copytree(tower, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels() -> LabelSpace:
+    return load_labels(WORDS, multilabel=True)
+
+
+@pytest.fixture(scope="module")
+def rows(labels: LabelSpace) -> Dataset:
+    rng = np.random.default_rng(0)
+    gold = [sorted(rng.choice(len(WORDS), 1 + i % 3, replace=False).tolist()) for i in range(36)]
+    texts = [" and the ".join(WORDS[j] for j in own) + " !" * (i % 4) for i, own in enumerate(gold)]
+    table = {"text": texts, "gold": gold}
+    return gold_labels(Dataset.from_dict(table), labels)
+
+
+def train(rows: Dataset, labels: LabelSpace, model: Path, output: Path, **training: Any) -> Any:
+    given = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 9,
+        "learning_rate": 1e-3,
+        "dtype": "float32",
+        "max_length": 32,
+    }
+    train_dual_encoder(rows, labels, model=model, output=output, **(given | training))
+    weights = load_dual_encoder(output).texts.state_dict()
+    return {name: value.numpy() for name, value in weights.items()}
+
+
+def assert_equal(one: dict[str, Any], two: dict[str, Any], *, atol: float = 0.0) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name.endswith("key.bias"):
+            continue  # softmax does not feel it: its gradient is rounding, which Adam makes steps of
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def moved(weights: dict[str, Any], model: Path) -> float:
+    """How far training has taken the weights."""
+    before = load_tower(model, max_length=32).state_dict()
+    return max(float(np.abs(before[n].numpy() - value).max()) for n, value in weights.items())
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("pass_tokens", [30, 10_000])
+def test_the_gradient_cache_gives_the_gradient_of_plain_autograd_with_dropout(
+    tower: Path, tmp_path: Path, pass_tokens: int
+) -> None:
+    model = load_tower(with_dropout(tower, tmp_path / "model"), max_length=32).train()
+    tokens = tokens_of(model, ["a cat", "the dog sat on the mat", "money", "x", "the bank and"])
+    found = encode(model, tokens, pass_tokens=pass_tokens, seed=3)
+    aim = torch.linspace(-1, 1, found.vectors.numel()).view_as(found.vectors)
+    torch.autograd.backward((found.vectors * aim).sum())
+    found.backward()
+    mine = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    plain = []
+    for seed, chosen in found._chunks:
+        torch.manual_seed(seed)
+        vectors = found._again(chosen)
+        torch.testing.assert_close(vectors, found.vectors.detach()[chosen], rtol=0, atol=1e-6)
+        plain.append((vectors * aim[chosen]).sum())
+    torch.autograd.backward(sum(plain))
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(found._chunks) == (1 if pass_tokens > 100 else 3)
+    assert mine.keys() == theirs.keys()
+    assert max(float(value.abs().max()) for value in mine.values()) > 0.1
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+    # what dropout drew does matter, so that the test could fail
+    torch.manual_seed(99)
+    assert not torch.allclose(found._again(found._chunks[0][1]), vectors, atol=1e-3)
+
+
+def test_one_step_is_that_of_a_plain_loss_over_all_labels(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    """AdamW on the formula of the paper, written out."""
+    one = {"max_steps": 1, "per_device_train_batch_size": 36, "warmup_ratio": 0.0}
+    mine = train(rows, labels, tower, tmp_path / "m", negatives="all", pass_tokens=64, **one)
+    model = load_tower(tower, max_length=32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+
+    def vectors(texts: list[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(
+            model(model.preprocess(texts))["sentence_embedding"], dim=1
+        )
+
+    scores = vectors(rows["text"][:]) @ vectors(labels.texts()).T / 0.05
+    total = torch.zeros(())
+    for row, gold in enumerate(rows["gold"][:]):
+        others = torch.tensor([j for j in range(len(labels)) if j not in gold])
+        negatives = scores[row, others].exp().sum()
+        for j in gold:
+            share = scores[row, j].exp() / (scores[row, j].exp() + negatives)
+            total = total - share.log() / len(gold) / len(rows)
+    torch.autograd.backward(total)
+    optimizer.step()
+    assert_equal(mine, {n: v.numpy() for n, v in model.state_dict().items()}, atol=1e-5)
+    assert moved(mine, tower) > 5e-4
+
+
+def test_passes_change_nothing(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    one = train(rows, labels, tower, tmp_path / "1", negatives="all", pass_tokens=9999)
+    two = train(rows, labels, tower, tmp_path / "2", negatives="all", pass_tokens=20)
+    assert moved(one, tower) > 5e-3
+    assert_equal(one, two, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ negatives
+
+
+def test_cached_labels_that_are_all_refreshed_are_all_labels(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    small = {"per_device_train_batch_size": 3, "num_train_epochs": 1}
+    every = train(rows, labels, tower, tmp_path / "all", negatives="all", **small)
+    cached = train(rows, labels, tower, tmp_path / "c", negatives="cached", refresh=1.0, **small)
+    assert_equal(every, cached, atol=1e-6)
+    some = {"negatives": "cached", "refresh": 0.0, "hard_labels": 1}
+    few = train(rows, labels, tower, tmp_path / "f", **some, **small)
+    cards = [json.loads((tmp_path / n / "model_card.json").read_text()) for n in ("all", "f")]
+    assert cards[1]["label_tokens"] < 0.9 * cards[0]["label_tokens"]
+    assert 1e-4 < max(float(np.abs(few[n] - v).max()) for n, v in every.items()) < 0.02
+
+
+@pytest.mark.parametrize("negatives", ["all", "cached", "ann", "inbatch"])
+@pytest.mark.parametrize("positives", ["all", "sampled"])
+def test_every_kind_of_negatives_learns(
+    tower: Path,
+    tmp_path: Path,
+    rows: Dataset,
+    labels: LabelSpace,
+    negatives: str,
+    positives: str,
+) -> None:
+    train(
+        rows,
+        labels,
+        tower,
+        tmp_path / "m",
+        negatives=negatives,
+        positives=positives,
+        hard_labels=3,
+        refresh=0.1,
+        num_train_epochs=6,
+        validation=rows.select(range(9)).map(lambda row: {"text": "so " + row["text"]}),
+    )
+    card = json.loads((tmp_path / "m" / "model_card.json").read_text())
+    assert card["loss"][-1] < card["loss"][0]
+    assert card["validation"]["epochs"][card["validation"]["best_epoch"]]["P@1"] > 0.5
+
+
+def test_what_an_update_encodes() -> None:
+    """Positives, labels in turn, and those with the largest shares among the negatives."""
+    vectors = torch.eye(6)
+    texts = torch.tensor([[1.0, 0.8, 0.1, 0.6, 0.0, 0.0]])
+    given = csr_array(np.array([[1.0, 0, 0, 0, 0, 0]]))
+    none = csr_array((1, 6))
+    out = csr_array(np.array([[0, 1.0, 0, 0, 0, 0]]))
+
+    def chosen(
+        kind: Any, left_out: csr_array, hard: int, refresh: float, least: float = 0.0
+    ) -> Any:
+        pool = LabelPool(kind, 6, refresh, hard, least, 0.1, vectors)
+        return pool.choose(texts, given, left_out, NONE).ids.tolist()
+
+    assert chosen("all", none, 0, 0.0) == [0, 1, 2, 3, 4, 5]
+    assert chosen("inbatch", none, 3, 1.0) == [0]
+    for kind in ("cached", "ann"):
+        assert chosen(kind, none, 2, 0.0) == [0, 1, 3]
+        assert chosen(kind, out, 2, 0.0) == [0, 2, 3]
+        drawn = np.random.default_rng(0).permutation(6)[:3].tolist()
+        assert chosen(kind, none, 1, 0.5) == sorted({0, 1, *drawn})
+        assert chosen(kind, none, 9, 0.0) == [0, 1, 2, 3, 4, 5]
+    share = np.exp(6) / np.exp([8, 1, 6, 0, 0]).sum()
+    assert chosen("cached", none, 2, 0.0, float(share) + 1e-6) == [0, 1]
+    assert chosen("cached", none, 2, 0.0, float(share) - 1e-6) == [0, 1, 3]
+
+
+def test_labels_in_turn_stand_for_all_that_are_not_encoded() -> None:
+    texts, given = (
+        torch.tensor([[1.0, 0.9, 0, 0, 0, 0]]),
+        csr_array(np.array([[1.0, 0, 0, 0, 0, 0]])),
+    )
+    pool = LabelPool("cached", 6, 0.5, 1, 0.0, 0.1, torch.eye(6))
+    found = pool.choose(texts, given, csr_array((1, 6)), NONE)
+    weights = dict(zip(found.ids.tolist(), found.weights.tolist(), strict=True))
+    drawn = [label for label in pool._order[:3].tolist() if label > 1]
+    assert weights == {0: 1.0, 1: 1.0, **dict.fromkeys(drawn, 4 / len(drawn))}
+
+
+def test_the_gradient_of_labels_is_right_on_average(
+    tower: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    """Over all turns the few labels of `cached` have the gradient of `all`, weights alike."""
+    from llmlabel.train.dual_encoder import _settled, _step
+    from llmlabel.train.loop import Update
+    from llmlabel.train.student import training_rows
+    from llmlabel.train.towers import Towers
+
+    class Alone:
+        process_index, num_processes, device = 0, 1, torch.device("cpu")
+
+        def reduce(self, value: torch.Tensor, _: str) -> torch.Tensor:
+            return value
+
+    def gradient(turn: int, **given: Any) -> torch.Tensor:
+        towers = Towers(load_tower(tower, max_length=32))
+        settings = _settled({"dtype": "float32", "max_length": 32, "hard_labels": 0, **given})
+        step = _step(towers, training_rows(rows, labels), labels, rows, settings)
+        step.pool._turn = turn
+        step.gradient(Update(Alone(), 0, [0, 1], 2.0))
+        grads = [p.grad.flatten() for p in towers.parameters() if p.grad is not None]
+        return torch.cat(grads)
+
+    every = gradient(0, negatives="all")
+    order = np.random.default_rng(0).permutation(len(labels)).tolist()
+    given = {label for own in rows["gold"][:2] for label in own}
+    turns = [
+        gradient(turn, negatives="cached", refresh=1 / len(labels))
+        for turn, label in enumerate(order)
+        if label not in given
+    ]
+    assert len(turns) == len(labels) - len(given) > 5
+    error = float((torch.stack(turns).mean(dim=0) - every).norm() / every.norm())
+    assert error < 1e-4
+    assert min(float((one - every).norm() / every.norm()) for one in turns) > 0.05
+
+
+def test_labels_are_refreshed_in_turn() -> None:
+    pool = LabelPool("cached", 5, 0.4, 0, 0.0, 0.1, torch.zeros(5, 2))
+    nothing, texts = csr_array((1, 5)), torch.zeros(1, 2)
+    seen = []
+    for _ in range(4):
+        chosen = pool.choose(texts, nothing, nothing, NONE)
+        seen.append(chosen.ids.tolist())
+        assert chosen.weights.tolist() == [2.5, 2.5]  # two stand for five
+        again = pool.choose(texts, nothing, nothing, NONE)
+        assert again.ids.tolist() == seen[-1]  # until the update has succeeded
+        pool.remember_later(chosen, torch.full((2, 2), float(len(seen))), 10)
+        pool.commit()
+    order = pool._order.tolist()
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    turns = [order[i % 5] for i in range(8)]
+    assert seen == [sorted(turns[i : i + 2]) for i in range(0, 8, 2)]
+    assert pool.vectors is not None
+    last = [1 + max(i for i, label in enumerate(turns) if label == n) // 2 for n in range(5)]
+    assert pool.vectors[:, 0].tolist() == last
+    assert pool.label_tokens == 40
+
+
+def test_relevance_of_a_part_of_the_labels() -> None:
+    given = csr_array(np.array([[0, 0.5, 0, 1.0], [0, 0, 0, 0.2]]))
+    left_out = csr_array(np.array([[1.0, 0, 0, 0], [1.0, 0, 1.0, 0]]))
+    found = relevance(given, left_out, np.array([3, 0, 1]))
+    assert found.indptr.tolist() == [0, 3, 5]
+    assert found.ids.tolist() == [0, 1, 2, 0, 1]
+    np.testing.assert_allclose(found.values.numpy(), [1.0, 0, 0.5, 0.2, 0], rtol=1e-6)
+
+
+def test_labels_left_out_are_no_negatives(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    """Where every other label is left out there is nothing to learn."""
+    everything = [list(range(len(WORDS)))] * len(rows)
+    weights = train(
+        rows.add_column("excluded_ids", everything), labels, tower, tmp_path / "m", weight_decay=0.0
+    )
+    assert moved(weights, tower) < 1e-6
+
+
+# ------------------------------------------------------------------------- resume and the folder
+
+
+@pytest.mark.parametrize("negatives", ["cached", "inbatch"])
+def test_a_killed_training_ends_as_an_undisturbed_one(
+    tower: Path,
+    tmp_path: Path,
+    rows: Dataset,
+    labels: LabelSpace,
+    negatives: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = with_dropout(tower, tmp_path / "model")
+    given: dict[str, Any] = {"negatives": negatives, "save_steps": 1, "positives": "sampled"}
+    given |= {"hard_labels": 2, "refresh": 0.2}
+    whole = train(rows, labels, model, tmp_path / "whole", **given)
+    update = loop._Run.update
+
+    def killed(run: Any, chosen: list[int]) -> None:
+        if run.fitted.updates == 5:
+            raise KeyboardInterrupt
+        update(run, chosen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(rows, labels, model, tmp_path / "killed", **given)
+    with pytest.raises(FileNotFoundError, match="training has finished"):
+        load_dual_encoder(tmp_path / "killed")
+    assert_equal(whole, train(rows, labels, model, tmp_path / "killed", **given))
+    cards = [
+        json.loads((tmp_path / n / "model_card.json").read_text()) for n in ("whole", "killed")
+    ]
+    assert cards[0]["label_tokens"] == cards[1]["label_tokens"] > 0
+
+
+def test_two_towers_are_saved_apart(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    train(rows, labels, tower, tmp_path / "m", label_model=tower)
+    found = load_dual_encoder(tmp_path / "m")
+    one, two = (part.encode(["a cat"])[0] for part in (found.texts, found.labels))
+    assert np.abs(one - two).max() > 1e-3
+    assert found.card["label_model"] == str(tower)
+    kept = load_index(tmp_path / "m" / "index", labels=labels)
+    check_encoder(kept, found.labels)
+    with pytest.raises(ValueError, match="it does not belong to the model"):
+        check_encoder(kept, found.texts)
+    train(rows, labels, tower, tmp_path / "m", num_train_epochs=1)
+    assert not (tmp_path / "m" / "label_encoder").exists()
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"negatives": "some"}, r"negatives is one of all, cached, ann, inbatch; got 'some'"),
+        ({"loss": "hinge"}, r"loss is one of decoupled_softmax, .*; got 'hinge'"),
+        ({"temperature": 0.0}, r"temperature must be between 0.001 and 100.0; got 0.0"),
+        ({"refresh": 1.5}, r"refresh must be between 0.0 and 1.0; got 1.5"),
+        ({"head_learning_rate": 0.1}, r"head_learning_rate: a dual encoder has no head"),
+        ({"early_stopping_patience": 1}, r"early_stopping_patience=1 needs `validation`"),
+        ({"epochs": 1}, r"there is no setting 'epochs'"),
+    ],
+)
+def test_bad_settings(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace, given: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(rows, labels, tower, tmp_path / "m", **given)
+
+
+def test_rows_without_a_label_are_left_out_and_counted(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    table = {name: rows[name][:] for name in rows.column_names}
+    table["label_ids"][0], table["label_probs"][0] = [], []
+    table["text"][1] = " "
+    some = Dataset.from_dict(table, features=rows.features)
+    train(some, labels, tower, tmp_path / "m", max_steps=1)
+    assert load_dual_encoder(tmp_path / "m").card["rows"] == {"given": 36, "trained": 34}
+    none = some.select([0])
+    with pytest.raises(ValueError, match="none of the 1 rows has a"):
+        train(none, labels, tower, tmp_path / "n")
+
+
+def test_a_folder_with_other_files_is_refused(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"it holds notes\.txt, which is no file of a dual encoder"
+    ):
+        train(rows, labels, tower, tmp_path)
