@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmlabel.loss.head_tail import HeadTail, HeadTailBalancer, balance_loss
 from llmlabel.loss.longtail import (
-    HeadTail,
-    HeadTailBalancer,
     LongTailLoss,
     asymmetric_loss,
-    balance_loss,
 )
 
 HERE = Path(__file__).parent
@@ -151,9 +149,10 @@ def one(kept: Any, name: str, method: str, rate: float, seed: int, tau: float) -
             penalty = 0.0 if "H" in parts else 32 / len(x) * network.weight.square().sum()
             (values(network(x[rows]), given[rows], loss, settings).mean() + penalty).backward()
             optimizer.step()
-            for state in (loss, network):
-                if isinstance(state, LongTailLoss | HeadTailBalancer):
-                    state.synchronize()
+            if isinstance(loss, LongTailLoss):
+                loss.keep()
+            if isinstance(network, HeadTailBalancer):
+                network.synchronize()
         network.eval()
         if epoch % EVERY == EVERY - 1:
             curves.append(measured(network, kept, loss, (x, truth, given)))

@@ -3,16 +3,14 @@
 Zhang et al., "Learning in Imperfect Environment: Multi-Label Classification with Long-Tailed
 Distribution and Partial Labels" (COMIC, arXiv 2304.10539): correct missing labels
 (`LabelCorrector`), weigh by frequency and sign (`multi_focal_loss`), balance a head and a tail
-classifier (`HeadTailBalancer`, `balance_loss`). The public code leaves the balance out and adds
-co-occurrence factors; this is the paper's.
+classifier (`llmlabel.loss.head_tail`). The public code leaves the balance out and adds co-occurrence
+factors; this is the paper's.
 """
-
-from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import logsigmoid
 
 from llmlabel.loss.robust import sum_over_processes
 from llmlabel.loss.soft import upcast
@@ -44,7 +42,7 @@ def asymmetric_loss(
         clip: a negative below this probability adds nothing.
     """
     logits = upcast(logits)
-    return _focal(
+    return focal(
         logsigmoid(logits), logsigmoid(-logits), upcast(targets), (gamma_pos, gamma_neg), clip
     )
 
@@ -120,7 +118,8 @@ class LabelCorrector(torch.nn.Module):
         for name, persistent in (("sums", True), ("_sums", False)):
             self.register_buffer(name, torch.zeros(labels), persistent=persistent)
         for name, persistent in (("rows", True), ("_rows", False)):
-            self.register_buffer(name, torch.zeros(()), persistent=persistent)
+            zero = torch.zeros((), dtype=torch.float64)  # in which weights add up exactly enough
+            self.register_buffer(name, zero, persistent=persistent)
 
     @torch.no_grad()
     def forward(
@@ -128,23 +127,23 @@ class LabelCorrector(torch.nn.Module):
         logits: Float[Tensor, "rows labels"],
         targets: Float[Tensor, "rows labels"],
         *,
-        real: Bool[Tensor, " rows"] | None = None,
+        weights: Float[Tensor, " rows"] | None = None,
     ) -> tuple[Float[Tensor, "rows labels"], Bool[Tensor, "rows labels"]]:
         """The targets with what was added, and what was added, for a record of it.
 
         Args:
             logits: of the rows; one that is not finite says nothing about P_c.
             targets: the labels given; 0 is a label not given.
-            real: False for a row that only fills a batch and says nothing about P_c either.
+            weights: what each row counts in P_c, 0 for one that only fills a batch; null is 1.
         """
         probs = upcast(logits).sigmoid()
         counted = torch.isfinite(probs).all(dim=1)
-        if real is not None:
-            counted &= real.to(counted.device)
-        weights = counted.to(self.sums)
+        shares = counted.to(self.rows)
+        if weights is not None:
+            shares = shares * weights.to(shares)
         known = torch.where(counted[:, None], probs, 0.0)
-        self._sums += known.to(self.sums).sum(dim=0)
-        self._rows += weights.sum()
+        self._sums += (shares.to(known)[:, None] * known).sum(dim=0).to(self._sums)
+        self._rows += shares.sum()
         mean = (self.sums / self.rows.clamp(min=1)).to(probs)
         added = (probs > mean.clamp(min=self.tau)) & (targets == 0)
         return torch.where(added, 1.0, targets), added
@@ -153,6 +152,10 @@ class LabelCorrector(torch.nn.Module):
         """Takes the rows of all processes since the last call into the running means."""
         self.sums += sum_over_processes(self._sums)
         self.rows += sum_over_processes(self._rows)
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of the rows since the last `synchronize`."""
         self._sums.zero_()
         self._rows.zero_()
 
@@ -162,13 +165,13 @@ class LongTailLoss(torch.nn.Module):
 
     L_mfm on the labels given plus, after some epochs, `correction_weight` (rows / labels given)
     L_mfm on what `LabelCorrector` makes of them. There h follows the counts of corrected labels.
-    Call `synchronize` after every update.
+    Call `keep` after every update, when the weights have changed.
 
     Differs from the paper: rows / labels is that of all training rows, not of a batch, so that rows
     do not depend on each other.
 
     Args:
-        counts: rows of each label among the labels given.
+        counts: rows of each label among the labels given, by their weights.
         rows: number of training rows; an epoch.
         tau: see `LabelCorrector`; null corrects nothing.
         start_epoch: epochs before labels are corrected.
@@ -206,17 +209,31 @@ class LongTailLoss(torch.nn.Module):
             self.register_buffer(name, torch.zeros(len(counts) + 1), persistent=persistent)
 
     def forward(
-        self, logits: Float[Tensor, "rows labels"], targets: Float[Tensor, "rows labels"]
+        self,
+        logits: Float[Tensor, "rows labels"],
+        targets: Float[Tensor, "rows labels"],
+        *,
+        weights: Float[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, " rows"]:
-        """The loss of each row."""
+        """The loss of each row, which is not multiplied by its weight.
+
+        Args:
+            logits: of the rows.
+            targets: the labels given.
+            weights: what each row counts in all that is remembered, 1 on average over all rows;
+                null is 1.
+        """
         values = self.modified(logits, targets)
         if self.corrector is None:
             return values
-        corrected, _ = self.corrector(logits.detach(), targets)
-        if self.corrector.rows < self.start_epoch * self.rows:
+        corrected, _ = self.corrector(logits.detach(), targets, weights=weights)
+        # An epoch's weights add up to its rows, but for what rounding takes of them.
+        if self.corrector.rows < self.start_epoch * self.rows * (1 - 1e-9):
             return values
-        self._found[:-1] += corrected.sum(dim=0).to(self._found)
-        self._found[-1] += len(corrected)
+        known = upcast(corrected)
+        shares = known.new_ones(len(known)) if weights is None else weights.to(known)
+        self._found[:-1] += (shares[:, None] * known).sum(dim=0).to(self._found)
+        self._found[-1] += shares.sum().to(self._found)
         share = self.rows / self.found[-1].clamp(min=1)
         now = torch.where(self.found[-1] > 0, self.found[:-1] * share, self.counts)
         return values + self.scale * self._modified(logits, corrected, now)
@@ -228,11 +245,17 @@ class LongTailLoss(torch.nn.Module):
         return self._modified(logits, targets, self.counts)
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def keep(self) -> None:
         """Takes in what all processes saw since the last call."""
         if self.corrector is not None:
             self.corrector.synchronize()
         self.found += sum_over_processes(self._found)
+        self._found.zero_()
+
+    def synchronize(self) -> None:
+        """Forgets what was seen since `keep`, in an update that failed; processes agree already."""
+        if self.corrector is not None:
+            self.corrector.forget()
         self._found.zero_()
 
     def added_per_row(self) -> float:
@@ -246,137 +269,10 @@ class LongTailLoss(torch.nn.Module):
         return multi_focal_loss(logits, targets, factors, **self.modifier)
 
 
-class HeadTail(NamedTuple):
-    """Logits (rows, labels) of the three classifiers; `balanced` is the one to predict with."""
-
-    head: Tensor
-    tail: Tensor
-    balanced: Tensor
-
-
-class HeadTailBalancer(torch.nn.Module):
-    """Three classifiers on one feature vector: COMIC's head-tail balancer.
-
-    The moving vector e <- mu e + g sums the gradients g of the features, which frequent labels
-    dominate. The head classifier reads features less their projection on e, the tail classifier
-    features plus `alpha` times it; the balanced one reads features with an additive attention over
-    the other two. Each is a cosine classifier, (rho / groups) sum_g w_g f_g / ((|w_g| + eta)
-    |f_g|). Call `synchronize` after every update; it moves e.
-
-    Differs from the paper: one backbone with three linear layers that start as the identity, not
-    three backbones. Constants are those of the public code, which averages features where the paper
-    says gradients.
-
-    Args:
-        width: of the features.
-        labels: number of labels.
-        groups: parts of the features that are normalised each by itself; divides `width`.
-        rho: scale of the cosines.
-        eta: keeps small weights small.
-        alpha: what the tail classifier adds.
-        mu: share of the past in e.
-    """
-
-    moving: Tensor
-    _gradient: Tensor
-
-    def __init__(
-        self,
-        width: int,
-        labels: int,
-        *,
-        groups: int = 1,
-        rho: float = 16.0,
-        eta: float = 1 / 32,
-        alpha: float = 2.0,
-        mu: float = 0.9,
-    ) -> None:
-        super().__init__()
-        if groups < 1 or width % groups:
-            raise ValueError(f"groups must divide the width {width} of the features; got {groups}")
-        self.groups, self.rho, self.eta, self.alpha, self.mu = groups, rho, eta, alpha, mu
-        eye = torch.eye(width)
-        self.project = torch.nn.Parameter(eye.repeat(3, 1, 1))
-        self.classify = torch.nn.Parameter(torch.zeros(3, labels, width))
-        self.query, self.key = torch.nn.Parameter(eye.clone()), torch.nn.Parameter(eye.clone())
-        self.attend = torch.nn.Parameter(torch.zeros(width))
-        self.register_buffer("moving", torch.zeros(width))
-        self.register_buffer("_gradient", torch.zeros(width), persistent=False)
-
-    def forward(self, features: Float[Tensor, "rows width"]) -> HeadTail:
-        """Logits; in training mode, the backward pass adds the gradient of the features to e."""
-        features = upcast(features)
-        if self.training and torch.is_grad_enabled():
-            if not features.requires_grad:  # frozen features have gradients too, for e
-                features = features.detach().requires_grad_()
-            cast(Any, features).register_hook(self._remember)
-        with torch.autocast(features.device.type, enabled=False):  # float32, as the features are
-            head, tail, balanced = (features @ weight.mT for weight in self.project)
-            others = torch.stack([head, tail], dim=1)
-            mixed = torch.tanh((balanced @ self.query.mT)[:, None] + others @ self.key.mT)
-            share = (mixed @ self.attend).softmax(dim=1)
-            balanced = balanced + (share[:, :, None] * others).sum(dim=1)
-            return HeadTail(
-                self._cosines(head, self.classify[0], -1.0),
-                self._cosines(tail, self.classify[1], self.alpha),
-                self._cosines(balanced, self.classify[2], 0.0),
-            )
-
-    def synchronize(self) -> None:
-        """Moves e by the gradients of all processes since the last call."""
-        self.moving.mul_(self.mu).add_(sum_over_processes(self._gradient))
-        self._gradient.zero_()
-
-    def _remember(self, gradient: Tensor) -> None:
-        self._gradient += gradient.detach().sum(dim=0)
-
-    def _cosines(self, features: Tensor, weights: Tensor, amount: float) -> Tensor:
-        parts = (self.groups, features.shape[1] // self.groups)
-        unit = normalize(features.reshape(len(features), *parts), dim=2)
-        direction = normalize(self.moving.reshape(parts), dim=1)
-        along = (unit * direction).sum(dim=2, keepdim=True) * direction
-        heads = weights.reshape(len(weights), *parts)
-        heads = heads / (torch.linalg.vector_norm(heads, dim=2, keepdim=True) + self.eta)
-        return self.rho / self.groups * (unit + amount * along).flatten(1) @ heads.flatten(1).mT
-
-
-def balance_loss(
-    outputs: HeadTail,
-    targets: Float[Tensor, "rows labels"],
-    *,
-    gamma_pos: Gamma = 0.0,
-    gamma_neg: Gamma = 3.0,
-    clip: float = 0.05,
-    power: float = 2.0,
-) -> Float[Tensor, " rows"]:
-    """kappa_h L(p_h p_b) + kappa_t L(p_t p_b): the balanced classifier learns from the other two.
-
-    L is the asymmetric loss of a probability, and kappa is proportional to L(p_h)^power and
-    L(p_t)^power and sums to 1; the one with the larger loss weighs more. No gradient reaches the
-    head and tail classifiers, which have losses of their own.
-
-    Differs from the paper: kappa is of a row, not of a batch, so that rows do not depend on each
-    other; p is the logistic function of the logits, as labels are events of their own.
-    """
-    targets, gammas = upcast(targets), (gamma_pos, gamma_neg)
-    balanced = upcast(outputs.balanced)
-    taught, sizes = [], []
-    for logits in (outputs.head, outputs.tail):
-        other = upcast(logits).detach()
-        yes, no = logsigmoid(other), logsigmoid(-other)
-        sizes.append(_focal(yes, no, targets, gammas, clip) ** power)
-        both = yes + logsigmoid(balanced)
-        not_both = torch.logaddexp(logsigmoid(-balanced), logsigmoid(balanced) + no)
-        taught.append(_focal(both, not_both, targets, gammas, clip))
-    total = sizes[0] + sizes[1]
-    kappa = torch.where(total > 0, sizes[0] / torch.where(total > 0, total, 1), 0.5)
-    return kappa * taught[0] + (1 - kappa) * taught[1]
-
-
-def _focal(
+def focal(
     log_p: Tensor, log_not: Tensor, targets: Tensor, gammas: tuple[Gamma, Gamma], clip: float
 ) -> Tensor:
-    """The asymmetric loss of probabilities given as log p and log(1 - p)."""
+    """The asymmetric loss of probabilities given as log p and log(1 - p); see `asymmetric_loss`."""
     gamma_pos, gamma_neg = (
         torch.as_tensor(g, dtype=log_p.dtype, device=log_p.device) for g in gammas
     )

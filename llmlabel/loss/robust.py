@@ -31,7 +31,9 @@ class TargetMemory(torch.nn.Module):
     Section 4: t <- beta t + (1 - beta) p, from 0, with p = softmax(z), clamped and normalised.
 
     Its state is a `state_dict` of tensors, to be kept with a checkpoint. It may stay on the CPU
-    while the network is on a GPU. Gradients never reach it.
+    while the network is on a GPU. Gradients never reach it. A training whose updates may fail calls
+    `look` and, once the weights have changed, `keep`, so that the memory is never ahead of the weights;
+    `update` is both.
 
     Differs from the paper: the lower clamp is 1e-4 up to 100 labels and 0.01 / labels beyond, where
     27,000 labels of 1e-4 would have more mass than the prediction.
@@ -80,12 +82,21 @@ class TargetMemory(torch.nn.Module):
         self.register_buffer("seen", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("key", torch.tensor(_digest(row_ids)))
         self.register_buffer("_fresh", torch.zeros(rows, dtype=torch.bool), persistent=False)
+        self._looked: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    @torch.no_grad()
     def update(
         self, logits: Float[Tensor, "rows labels"], index: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows labels"]:
-        """Takes in the predictions of some rows; their new targets, as float32.
+        """Takes in the predictions of some rows, see `look`; their new targets, as float32."""
+        targets = self.look(logits, index)
+        self.keep()
+        return targets
+
+    @torch.no_grad()
+    def look(
+        self, logits: Float[Tensor, "rows labels"], index: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows labels"]:
+        """The new targets of some rows, as float32, which `keep` takes in.
 
         Call it once for each presentation of a row. Micro-batches that share an update may come one
         by one, as the memory changes no weight. A row whose prediction is no finite number keeps the
@@ -112,18 +123,26 @@ class TargetMemory(torch.nn.Module):
         old = self.read(taken)
         if self.multilabel:
             old = torch.where(self.seen[taken, None], old, new)
-        self._write(taken, self.beta * old + (1 - self.beta) * new)
+        values, ids = self._kept_of(self.beta * old + (1 - self.beta) * new)
+        self._looked.append((taken, values, ids))
+        found = self.read(rows)
+        found[fine] = self._dense(values, ids)
         targets = torch.zeros(len(index), self.labels, device=place)
-        targets[known] = self.read(rows)
+        targets[known] = found
         return targets.to(logits.device)
+
+    def keep(self) -> None:
+        """Takes in what was looked at since the last call, as the weights have changed."""
+        for rows, values, ids in self._looked:
+            self.targets[rows], self.ids[rows] = values, ids
+            self.seen[rows] = True
+            self._fresh[rows] = True
+        self._looked.clear()
 
     def read(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows labels"]:
         """Targets of rows; 0 where a row was never seen."""
         index = index.to(self.targets.device).long()
-        if self.top_k is None:
-            return self.targets[index]
-        dense = torch.zeros(len(index), self.labels, device=self.targets.device)
-        return dense.scatter_(1, self.ids[index].long(), self.targets[index])
+        return self._dense(self.targets[index], self.ids[index])
 
     def stored(self) -> csr_array:
         """Targets of all rows, of which only `top_k` are kept; nothing of a row never seen."""
@@ -163,11 +182,13 @@ class TargetMemory(torch.nn.Module):
         """Brings together what the processes of a group have seen since the last call.
 
         All processes call it, at least at the end of every epoch and before a checkpoint: a row
-        may be another process's in the next epoch. Without a group it does nothing.
+        may be another process's in the next epoch. What an update that failed has looked at is
+        forgotten. Without a group it does no more.
 
         Raises:
             ValueError: Two processes saw the same row in between.
         """
+        self._looked.clear()
         if distributed.is_available() and distributed.is_initialized():
             seen_by = sum_over_processes(self._fresh.int())
             if (twice := torch.nonzero(seen_by > 1)).numel():
@@ -213,14 +234,19 @@ class TargetMemory(torch.nn.Module):
                 "one prediction a row (index -1 fills a batch)"
             )
 
-    def _write(self, rows: Tensor, targets: Tensor) -> None:
+    def _kept_of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and labels of the entries that are kept."""
         if self.top_k is None:
-            self.targets[rows] = targets
-        else:
-            largest = targets.topk(self.top_k, dim=1)
-            self.targets[rows], self.ids[rows] = largest.values, largest.indices.int()
-        self.seen[rows] = True
-        self._fresh[rows] = True
+            return targets, self.ids[: len(targets)]
+        largest = targets.topk(self.top_k, dim=1)
+        return largest.values, largest.indices.int()
+
+    def _dense(self, values: Tensor, ids: Tensor) -> Tensor:
+        """The opposite."""
+        if self.top_k is None:
+            return values
+        dense = torch.zeros(len(values), self.labels, device=values.device)
+        return dense.scatter_(1, ids.long(), values)
 
 
 def early_learning_penalty(

@@ -104,6 +104,7 @@ def train_classifier(  # noqa: PLR0913  # one plain choice each
     _check(settings, labels)
     rows = training_rows(dataset, labels)
     weights = _label_weights(rows, labels) if class_weights else None
+    shares = rows.weights / rows.weights.mean()
     memory: TargetMemory | LongTailLoss | None = None
     if early_learning is not None:
         memory = TargetMemory(
@@ -114,22 +115,21 @@ def train_classifier(  # noqa: PLR0913  # one plain choice each
             multilabel=labels.multilabel,
         )
     elif longtail is not None:
-        memory = LongTailLoss(
-            torch.from_numpy(rows.soft.sum(axis=0)), len(rows.ids), **asdict(longtail)
-        )
+        counts = torch.from_numpy(rows.soft.T @ shares)
+        memory = LongTailLoss(counts, len(rows.ids), **asdict(longtail))
 
     def losses(logits: Tensor, chosen: list[int]) -> Float[Tensor, " some"]:
         given = smooth(rows.block(chosen), label_smoothing_factor, multilabel=labels.multilabel)
         targets = given.to(logits)
         if isinstance(memory, LongTailLoss):
-            return memory(logits, targets)
+            return memory(logits, targets, weights=torch.from_numpy(shares[chosen]))
         if labels.multilabel:
             values = binary_cross_entropy(logits, targets, pos_weight=weights)
         else:
             values = soft_cross_entropy(logits, targets, class_weights=weights)
         if memory is None or early_learning is None:
             return values
-        remembered = memory.update(logits.detach(), torch.tensor(chosen))
+        remembered = memory.look(logits.detach(), torch.tensor(chosen))
         penalty = early_learning_penalty(logits, remembered, multilabel=labels.multilabel)
         return values + early_learning.penalty_weight * penalty
 
@@ -150,7 +150,7 @@ def train_classifier(  # noqa: PLR0913  # one plain choice each
         output=output,
         validation=validation,
         memory=memory,
-        after_update=memory.synchronize if isinstance(memory, LongTailLoss) else None,
+        after_update=None if memory is None else memory.keep,
         keep_more=keep_memory,
         pos_weight=None if weights is None else weights.numpy(),
         compare=memory.modified if isinstance(memory, LongTailLoss) else None,

@@ -20,9 +20,11 @@ from torch import Tensor
 from llmlabel import models
 from llmlabel.files import commit, write_text
 from llmlabel.labelspace import LabelSpace, save_labels
+from llmlabel.train.max_pooling import largest_scores
 from llmlabel.train.soft_prompt import check_prompted, first_prompt, keys_and_values
 
-Pooling = Literal["last", "mean", "max"]
+_One = Literal["last", "mean"]  # vector for all labels
+Pooling = Literal[_One, "max"]
 
 _SHARED = ("model_card.json", "labels.json", "head.safetensors")
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -66,8 +68,8 @@ class LabelSupervised(torch.nn.Module):
         """Logits in float32."""
         hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            if self.pooling == "max":  # each label's own maximum; the others pool what is linear
-                return pool(self.score(hidden.float()), mask, "max")
+            if self.pooling == "max":  # a maximum of each label; the others pool what is linear
+                return largest_scores(hidden.float(), mask, self.score.weight)
             return self.score(pool(hidden.float(), mask, self.pooling))
 
 
@@ -139,15 +141,13 @@ Student = LabelSupervised | TokenSupervised | PromptTuned
 
 
 def pool(
-    hidden: Float[Tensor, "rows tokens width"], mask: Int[Tensor, "rows tokens"], how: Pooling
+    hidden: Float[Tensor, "rows tokens width"], mask: Int[Tensor, "rows tokens"], how: _One
 ) -> Float[Tensor, "rows width"]:
     """One vector per row from the tokens where `mask` is 1."""
     if how == "last":
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = (mask * positions).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
-    if how == "max":
-        return hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 

@@ -14,6 +14,8 @@ predictions repeat; the epochs of both stages are fixed. Stage II draws noise, a
 pass as the false pair, so unlike other trainings it depends on `pass_tokens` and the number of processes.
 """
 
+import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -45,8 +47,11 @@ from llmlabel.train.prompt_networks import (
     save_generator,
     text_vectors,
 )
-from llmlabel.train.settings import Training, settle
+from llmlabel.train.settings import NO_RESULT, Training, settle
 from llmlabel.train.student import Rows, rows_sha, training_rows
+
+_READ = ".domains"
+"""Keeps the prompts of stage I, in the folder of the model until it is finished."""
 
 
 def train_prompt_generator(
@@ -108,19 +113,9 @@ def train_prompt_generator(
         torch.manual_seed(settings["seed"])
         reader, tokenizer = new_reader(str(model), labels, template)
         texts = text_vectors(reader.backbone, tokenizer, rows.texts, settings)
-        first, learned, losses = reader.prompt.detach().clone(), [], {}
-        stage = settings | {
-            "num_train_epochs": domain_epochs,
-            "learning_rate": domain_learning_rate,
-        }
-        for number, name in enumerate(domains):
-            with torch.no_grad():
-                reader.prompt.copy_(first)
-            objective = _reading(reader, rows, texts, np.flatnonzero(own == number), stage)
-            done = fit(objective, stage, name=f"prompt of {name}", key=key + name, output=output)
-            losses[name] = done.losses
-            learned.append(reader.prompt.detach().cpu().clone())
-        prompts = torch.stack(learned)
+        first = reader.prompt.detach().clone()
+        members = {name: np.flatnonzero(own == place) for place, name in enumerate(domains)}
+        prompts, losses = _read(reader, rows, texts, members, settings, key=key, output=output)
         # Stage I leaves each process, and a training that is continued, with draws of its own.
         torch.manual_seed(settings["seed"])
         network = Adversaries(PromptGenerator(prompts))
@@ -141,6 +136,7 @@ def train_prompt_generator(
             network.generator, {"prompts": prompts, "template": first}, labels, card, output
         )
         checkpoint.remove(output)
+        shutil.rmtree(output / _READ)
     return output
 
 
@@ -234,6 +230,39 @@ def _check(settings: dict[str, Any], labels: LabelSpace) -> None:
         raise ValueError("train_prompt_generator needs a label space where a text has one label")
 
 
+def _read(
+    reader: LabelReader,
+    rows: Rows,
+    texts: Float[Tensor, "rows width"],
+    members: dict[str, Int[np.ndarray, " own"]],
+    settings: dict[str, Any],
+    *,
+    key: str,
+    output: Path,
+) -> tuple[Float[Tensor, "domains prompt width"], dict[str, list[float]]]:
+    """Stage I: the prompt of each domain and its losses; what is finished is not done again."""
+    stage = settings | {
+        "num_train_epochs": settings["domain_epochs"],
+        "learning_rate": settings["domain_learning_rate"],
+    }
+    kept = {name: value for name, value in stage.items() if name not in NO_RESULT}
+    whole = json.dumps([key, kept], sort_keys=True)
+    parts, losses = checkpoint.load(output / _READ, key=whole) or ({}, {})
+    learned, first = parts.get("prompts", {}), reader.prompt.detach().clone()
+    for name, own in members.items():
+        if name in learned:
+            continue
+        with torch.no_grad():
+            reader.prompt.copy_(first)
+        objective = _reading(reader, rows, texts, own, stage)
+        done = fit(objective, stage, name=f"prompt of {name}", key=key + name, output=output)
+        losses[name] = done.losses
+        learned[name] = reader.prompt.detach().cpu().clone()
+        if done.is_main:
+            checkpoint.save(output / _READ, {"prompts": learned}, key=whole, story=losses)
+    return torch.stack([learned[name] for name in members]), losses
+
+
 def _reading(
     reader: LabelReader,
     rows: Rows,
@@ -241,7 +270,7 @@ def _reading(
     own: Int[np.ndarray, " own"],
     settings: dict[str, Any],
 ) -> Objective:
-    """Stage I: the labels of a domain's rows after its prompt."""
+    """The labels of a domain's rows after its prompt."""
     return Objective(
         reader,
         [{"params": [reader.prompt], "lr": settings["learning_rate"]}],

@@ -23,6 +23,7 @@ from torch import Tensor
 from llmlabel.labelspace import LabelSpace
 from llmlabel.loss.soft import balanced_pos_weight, binary_cross_entropy, soft_cross_entropy
 from llmlabel.train.settings import Training, settle
+from llmlabel.train.soft_prompt import check_choices
 from llmlabel.train.student import label_counts, train_student, training_rows
 
 
@@ -72,8 +73,7 @@ def train_prompt(
         head_learning_rate=1e-3,
         max_grad_norm=1.0,
     ) | {"prompt_tokens": prompt_tokens, "init": init, "pos_weight": pos_weight}
-    if prompt_tokens < 1:
-        raise ValueError(f"prompt_tokens must be at least 1; got {prompt_tokens}")
+    check_choices(settings)
     rows = training_rows(dataset, labels)
     positive = torch.ones(len(labels), dtype=torch.float64)
     if labels.multilabel and pos_weight == "balanced":

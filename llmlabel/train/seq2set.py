@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from llmlabel import metrics, models
@@ -137,9 +138,9 @@ def train_seq2set(  # noqa: PLR0913  # one plain choice each
     rows = training_rows(dataset, labels)
     seen = None if validation is None else validation_rows(validation, labels)
     overlap = 0 if seen is None else repeated(*seen[:2], rows)
-    sizes = (rows.targets >= 0.5).sum(axis=1)
+    sizes = (rows.soft >= 0.5).sum(axis=1)
     settings["max_labels"] = max_labels or max(1, int(sizes.max()))
-    sets = label_sets(rows.targets, places=settings["max_labels"])
+    sets = label_sets(rows.soft, places=settings["max_labels"])
     with torch.random.fork_rng():  # weights and dropout draw from torch's global generator
         torch.manual_seed(settings["seed"])
         backbone, tokenizer = new_backbone(str(model), labels, settings)
@@ -237,12 +238,18 @@ def _groups(network: TextToSet, settings: dict[str, Any]) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def label_sets(
-    probs: Float[np.ndarray, "rows labels"], *, places: int
-) -> Int[Tensor, "rows places"]:
+def label_sets(probs: csr_array, *, places: int) -> Int[Tensor, "rows places"]:
     """The most probable labels from 0.5 on, of equals those with lower ids; filled up with -1."""
-    order = np.argsort(-probs, axis=1, kind="stable")[:, :places]
-    sets = np.where(np.take_along_axis(probs, order, axis=1) >= 0.5, order, -1)
+    count, labels = probs.shape
+    rows, ids = np.repeat(np.arange(count), np.diff(probs.indptr)), probs.indices
+    some = np.flatnonzero(probs.data >= 0.5)
+    some = some[np.lexsort((ids[some], -probs.data[some], rows[some]))]
+    rows, ids = rows[some], ids[some]
+    first = np.searchsorted(rows, np.arange(count))
+    place = np.arange(len(rows)) - first[rows]
+    sets = np.full((count, min(places, labels)), -1)
+    fits = place < places
+    sets[rows[fits], place[fits]] = ids[fits]
     return torch.from_numpy(sets)
 
 
@@ -302,7 +309,8 @@ def _validator(
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Mean loss and micro-F1 of the validation rows."""
     tokens = tokens_of(tokenizer, texts, settings)
-    losses = set_losses(label_sets(targets, places=settings["max_labels"]), vectors, settings)
+    sets = label_sets(csr_array(targets), places=settings["max_labels"])
+    losses = set_losses(sets, vectors, settings)
 
     def validate(network: torch.nn.Module) -> dict[str, float]:
         said = np.zeros(targets.shape, dtype=bool)
@@ -319,8 +327,8 @@ def _validator(
 def _card(
     model: str, labels: LabelSpace, rows: Rows, settings: dict[str, Any], done: Fitted
 ) -> dict[str, Any]:
-    members = rows.targets >= 0.5
-    sizes = members.sum(axis=1)
+    members = rows.soft >= 0.5
+    sizes, counts = members.sum(axis=1), members.sum(axis=0)
     return {
         "model": model,
         "labels": labels.fingerprint,
@@ -330,7 +338,7 @@ def _card(
             "largest": int(sizes.max()),
             "cut": int((sizes > settings["max_labels"]).sum()),
         },
-        "labels_without_rows": [labels.ids[i] for i in np.flatnonzero(~members.any(axis=0))],
+        "labels_without_rows": [labels.ids[i] for i in np.flatnonzero(counts == 0)],
         "loss": done.losses,
         "processes": done.processes,
         "settings": settings,

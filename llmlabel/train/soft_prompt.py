@@ -11,6 +11,16 @@ from torch import Tensor
 from llmlabel.labelspace import LabelSpace
 
 
+def check_choices(settings: dict[str, Any]) -> None:
+    """Refuses what a prompt cannot begin as, or be trained by."""
+    if settings["prompt_tokens"] < 1:
+        raise ValueError(f"prompt_tokens must be at least 1; got {settings['prompt_tokens']}")
+    if settings["init"] not in ("labels", "random"):
+        raise ValueError(f"init is 'labels' or 'random'; got {settings['init']!r}")
+    if settings["pos_weight"] not in (None, "balanced"):
+        raise ValueError(f"pos_weight is 'balanced' or null; got {settings['pos_weight']!r}")
+
+
 def first_prompt(tokenizer: Any, labels: LabelSpace, settings: dict[str, Any]) -> list[int]:
     """The tokens whose embeddings a prompt begins as; of `init=labels` in any order of the labels."""
     rng = np.random.default_rng(settings["seed"])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from llmlabel import models
@@ -40,6 +41,7 @@ from llmlabel.train.prompt_writer import (
     written,
 )
 from llmlabel.train.settings import Training, settle
+from llmlabel.train.soft_prompt import check_choices
 from llmlabel.train.student import (
     Rows,
     check_patience,
@@ -101,13 +103,13 @@ def train_text_to_text(
             "0.5, whose writing could be measured; give others, or no validation"
         )
     overlap = 0 if given is None else repeated(*given[:2], rows)
-    settings["max_labels"] = int((rows.targets >= 0.5).sum(axis=1).max())
+    settings["max_labels"] = int((rows.soft >= 0.5).sum(axis=1).max())
     with torch.random.fork_rng():
         torch.manual_seed(settings["seed"])
         network, tokenizer = new_writer(str(model), labels, settings)
         script = _Script.of(tokenizer, labels, rows, settings)
         _check_length(script.sets, network.model.config, settings, model)
-        replies = script.replies(rows.texts, rows.targets)
+        replies = script.replies(rows.texts, rows.soft)
         objective = Objective(
             network,
             [{"params": [network.prompt], "lr": settings["learning_rate"]}],
@@ -118,7 +120,7 @@ def train_text_to_text(
             replies.losses,
         )
         if given is not None:
-            seen = script.replies(*given[1:])
+            seen = script.replies(given[1], csr_array(given[2]))
             objective.validate = seen.validator(settings["pass_tokens"])
         key = ["text_to_text", models.model_sha(models.fetch(str(model))), labels.fingerprint]
         key += [rows_sha(rows), "" if given is None else sha_of(given[1], [given[2]])]
@@ -242,17 +244,18 @@ class _Script:
     ) -> "_Script":
         most = settings["max_labels"]
         sets = label_sets(tokenizer, labels.names, before=_BEFORE, most=most)
-        counts = rows.weights @ (rows.targets >= 0.5)
+        counts = (rows.soft >= 0.5).astype(np.float64).T @ rows.weights
         is_balanced = settings["pos_weight"] == "balanced"
         heavy = balanced_pos_weight(torch.from_numpy(counts)) if is_balanced else None
         return cls(tokenizer, sets, settings["max_length"], counts, heavy)
 
-    def replies(self, texts: Sequence[str], targets: Float[np.ndarray, "rows labels"]) -> _Replies:
+    def replies(self, texts: Sequence[str], targets: csr_array) -> _Replies:
         """Of the rows that have a label; of more than any training row, the first ones."""
         contexts, said, heavy = [], [], []
-        for text, target in zip(texts, targets, strict=True):
-            own = np.flatnonzero(target >= 0.5).tolist()
-            if own:
+        ends = targets.indptr
+        for text, start, stop in zip(texts, ends[:-1], ends[1:], strict=True):
+            members = targets.data[start:stop] >= 0.5
+            if own := targets.indices[start:stop][members].tolist():
                 contexts.append(_context(self.tokenizer, text, self.max_length))
                 in_order = sorted(own, key=lambda label: (-self.counts[label], label))
                 said.append(self.sets.encode(in_order[: self.sets.most]))
@@ -274,7 +277,7 @@ def _with_labels(rows: Rows) -> Rows:
     Raises:
         ValueError: there are none.
     """
-    some = np.flatnonzero((rows.targets >= 0.5).any(axis=1)).tolist()
+    some = np.flatnonzero((rows.soft >= 0.5).sum(axis=1)).tolist()
     if not some:
         raise ValueError(
             f"none of the {len(rows.texts)} rows has a label with a probability of at least 0.5, "
@@ -311,8 +314,7 @@ def _check(settings: dict[str, Any], labels: LabelSpace, output: Path) -> None:
             "train_text_to_text learns sets of labels, but in this label space a text has one; load it "
             "with multilabel=true, or use llmlabel.train.prompt_tuning.train_prompt"
         )
-    if settings["prompt_tokens"] < 1:
-        raise ValueError(f"prompt_tokens must be at least 1; got {settings['prompt_tokens']}")
+    check_choices(settings)
     check_folder(output, WEIGHTS, what="a writer of labels")
 
 

@@ -7,13 +7,11 @@ from reference import losses as reference
 from reference.soft import sigmoid, slope
 
 from llmlabel.loss import soft
+from llmlabel.loss.head_tail import HeadTail, HeadTailBalancer, balance_loss
 from llmlabel.loss.longtail import (
-    HeadTail,
-    HeadTailBalancer,
     LabelCorrector,
     LongTailLoss,
     asymmetric_loss,
-    balance_loss,
     head_tail_factors,
     multi_focal_loss,
 )
@@ -119,8 +117,7 @@ def test_corrections_follow_the_rule_and_do_not_depend_on_batches(seed: int) -> 
         pieces = [
             parts(logits[i : i + 2], targets[i : i + 2])[0] for i in (own.start, own.start + 2)
         ]
-        filler = torch.tensor([False])
-        parts(logits[:1] * 9, targets[:1], real=filler)
+        parts(logits[:1] * 9, targets[:1], weights=torch.zeros(1))
         parts.synchronize()
         assert torch.equal(torch.cat(pieces), found)
         for i in range(4):
@@ -195,7 +192,7 @@ def test_the_long_tail_loss_is_the_sum_of_its_parts(start_epoch: int, seed: int)
         pieces = [parts(torch.from_numpy(logits[i : i + 1]), targets[i : i + 1]) for i in range(3)]
         torch.testing.assert_close(torch.cat(pieces), values)
         for loss in (whole, parts):
-            loss.synchronize()
+            loss.keep()
         sums, seen = sums + probs.sum(axis=0), seen + 3
         if is_on:
             found, corrected = found + added.sum(axis=0), corrected + 3
@@ -216,7 +213,7 @@ def test_without_a_corrector_it_is_the_modifier_and_keeps_nothing() -> None:
     )
     for _ in range(3):
         torch.testing.assert_close(loss(logits, targets), expected)
-        loss.synchronize()
+        loss.keep()
     assert loss.added_per_row() == 0
     torch.testing.assert_close(loss.modified(logits, targets), expected)
 
@@ -225,10 +222,51 @@ def test_predictions_that_are_not_finite_leave_the_state_finite() -> None:
     loss = LongTailLoss(torch.ones(2), 2, start_epoch=0)
     logits = torch.tensor([[2.0, float("nan")], [1.0, -1.0]])
     assert torch.isnan(loss(logits, torch.zeros(2, 2))[0])  # the loop stops there
-    loss.synchronize()
+    loss.keep()
     assert loss.corrector.rows == 1
     torch.testing.assert_close(loss.corrector.sums, logits[1].sigmoid())
     assert all(torch.isfinite(value).all() for value in loss.state_dict().values())
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_a_row_of_weight_two_counts_as_two_rows(start_epoch: int) -> None:
+    """Weights are 1 on average; of copies there are more, so that all counts are in proportion."""
+    rng = np.random.default_rng(start_epoch)
+    weights = torch.tensor([2.0, 1.0, 1.0, 3.0, 1.0]).double()
+    given = torch.from_numpy((rng.random((5, 3)) > 0.5).astype(float))
+    copies = torch.repeat_interleave(torch.arange(5), weights.long())
+    shares = weights / weights.mean()
+    one = LongTailLoss(shares @ given, 5, tau=0.6, start_epoch=start_epoch)
+    other = LongTailLoss(given[copies].sum(dim=0), 8, tau=0.6, start_epoch=start_epoch)
+    for update in range(4):
+        logits = torch.from_numpy(rng.normal(1, 2, (5, 3)))
+        values = one(logits, given, weights=shares)
+        torch.testing.assert_close(other(logits[copies], given[copies]), values[copies])
+        unweighted = LongTailLoss(given.sum(dim=0), 5, tau=0.6, start_epoch=start_epoch)
+        assert not torch.allclose(unweighted(logits, given), values), update
+        one.keep()
+        other.keep()
+    assert float(one.corrector.rows) == pytest.approx(20, rel=1e-12)
+    torch.testing.assert_close(one.corrector.sums * 8 / 5, other.corrector.sums)
+    torch.testing.assert_close(one.found * 8 / 5, other.found)
+    assert one.added_per_row() == pytest.approx(other.added_per_row(), abs=1e-5)
+
+
+def test_what_a_failed_update_saw_is_forgotten() -> None:
+    one, other = (LongTailLoss(torch.ones(2), 3, start_epoch=0) for _ in range(2))
+    logits = torch.tensor([[2.0, 0.5], [1.0, -1.0], [3.0, 3.0]])
+    for update in range(2):
+        for loss in (one, other):
+            loss(logits * (update + 1), torch.zeros(3, 2))
+            loss.keep()
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    one(-logits, torch.ones(3, 2))
+    one.synchronize()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, before[name])
+    one.keep()
+    again, expected = (loss(logits, torch.zeros(3, 2)) for loss in (one, other))
+    assert torch.equal(again, expected)
 
 
 def test_settings_of_the_long_tail_loss_are_checked() -> None:

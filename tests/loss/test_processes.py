@@ -11,7 +11,8 @@ PROGRAM = """
 import sys
 import torch
 from torch import distributed
-from llmlabel.loss.longtail import HeadTailBalancer, LabelCorrector
+from llmlabel.loss.head_tail import HeadTailBalancer
+from llmlabel.loss.longtail import LabelCorrector
 from llmlabel.loss.robust import TargetMemory
 
 rank, meeting = int(sys.argv[1]), sys.argv[2]

@@ -276,6 +276,31 @@ def test_a_prediction_that_is_not_finite_changes_no_target(top_k: int | None, ba
     assert not fresh.read(torch.tensor([1])).any()
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_what_was_looked_at_is_kept_only_when_told(top_k: int | None, multilabel: bool) -> None:
+    top_k = None if multilabel else top_k
+    looks, updates = (
+        TargetMemory(names(4), 3, top_k=top_k, multilabel=multilabel) for _ in range(2)
+    )
+    rng = np.random.default_rng(5)
+    for _ in range(3):
+        logits = random_logits(rng, 4, 3)
+        expected = updates.update(logits, torch.tensor([2, 0, -1, 3]))
+        found = [
+            looks.look(logits[[i]], torch.tensor([row])) for i, row in enumerate([2, 0, -1, 3])
+        ]
+        assert torch.equal(torch.cat(found), expected)
+        looks.keep()
+        before = {name: value.clone() for name, value in looks.state_dict().items()}
+        looks.look(-logits, torch.arange(4))  # an update that fails
+        looks.synchronize()
+        looks.keep()
+        for one in (before, updates.state_dict()):
+            for name, value in looks.state_dict().items():
+                assert torch.equal(value, one[name])
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 3])
 def test_stored_targets_are_the_targets(top_k: int | None) -> None:
     memory = TargetMemory(names(5), 6, top_k=top_k)

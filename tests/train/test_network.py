@@ -8,6 +8,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import LlamaModel
 
 from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy
+from llmlabel.train import max_pooling
+from llmlabel.train.max_pooling import largest_scores
 from llmlabel.train.network import (
     LabelSupervised,
     Pooling,
@@ -29,8 +31,45 @@ def test_pooling_equals_the_loops(seed: int) -> None:
     for row, length in enumerate(lengths):
         own = hidden[row, :length]
         assert torch.equal(pool(hidden, mask, "last")[row], own[-1])
-        assert torch.equal(pool(hidden, mask, "max")[row], own.max(dim=0).values)
         torch.testing.assert_close(pool(hidden, mask, "mean")[row], own.mean(dim=0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_maxima_of_blocks_of_labels_equal_those_of_all_with_their_gradients(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the backward pass needs is computed again: no logits of tokens are kept."""
+    rng = np.random.default_rng(seed)
+    rows, tokens, width, labels = (int(n) for n in rng.integers(2, 9, 4))
+    lengths = rng.integers(1, tokens + 1, rows)
+    mask = torch.from_numpy((np.arange(tokens) < lengths[:, None]).astype(np.int64))
+    hidden, weight, given = (
+        torch.from_numpy(rng.normal(size=size))
+        for size in ((rows, tokens, width), (labels, width), (rows, labels))
+    )
+    if seed % 4 == 0:
+        weight[:] = 0  # as before training: all tokens share the gradient
+    for one in (hidden, weight):
+        one.requires_grad_()
+    expected = torch.stack(
+        [(own[:n] @ weight.T).amax(dim=0) for own, n in zip(hidden, lengths, strict=True)]
+    )
+    slopes = torch.autograd.grad(expected, (hidden, weight), given)
+    kept: list[int] = []
+    for most in (2**24, 2 * mask.numel(), 1):
+        monkeypatch.setattr(max_pooling, "_SCORES", most)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda value: kept.append(value.numel()) or value, lambda value: value
+        ):
+            found = largest_scores(hidden, mask, weight)
+        torch.testing.assert_close(found, expected)
+        for got, slope in zip(
+            torch.autograd.grad(found, (hidden, weight), given), slopes, strict=True
+        ):
+            torch.testing.assert_close(got, slope)
+        if most == 1:
+            assert max(kept, default=0) <= max(hidden.numel(), weight.numel())
 
 
 def network_of(folder: Path, how: Pooling, implementation: str, **settings: Any) -> LabelSupervised:

@@ -16,6 +16,7 @@ from llmlabel.train import checkpoint
 from llmlabel.train.prompt_generator import predict_by_prompts, train_prompt_generator
 from llmlabel.train.prompt_networks import (
     Adversaries,
+    LabelReader,
     PromptGenerator,
     load_generator,
     new_reader,
@@ -249,6 +250,27 @@ def test_a_killed_second_stage_is_continued_only_with_the_same_first(
     again = train(table(), tiny_encoder, tmp_path / "k", **given | changed)
     fresh = train(table(), tiny_encoder, tmp_path / "fresh", **given | changed)
     assert files(again) == files(fresh)
+
+
+def test_what_is_finished_of_the_first_stage_is_not_done_again(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it, or its checkpoint, write over that of the second stage."""
+    given = {"num_train_epochs": 4, "domain_epochs": 2, "save_steps": 1}
+    killed_in(Adversaries, tmp_path / "k", tiny_encoder, forward=3, **given)
+    killed_in(LabelReader, tmp_path / "i", tiny_encoder, forward=3, **given)
+    fresh = train(table(), tiny_encoder, tmp_path / "fresh", **given)
+    for name, readings, drawings in (("k", 0, 1), ("i", 1, 4)):
+        updates: dict[type, int] = {LabelReader: 0, Adversaries: 0}
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _, updates=updates: updates.update(
+                {kind: count + isinstance(module, kind) for kind, count in updates.items()}
+            )
+        )
+        again = train(table(), tiny_encoder, tmp_path / name, **given)
+        hook.remove()
+        assert list(updates.values()) == [readings, drawings]
+        assert files(again) == files(fresh)
 
 
 def test_killed_between_the_stages_it_begins_the_second_alike(

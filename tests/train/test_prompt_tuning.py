@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import shutil
@@ -371,6 +372,13 @@ def test_bad_input(student: Path, tiny_decoder: Path, tiny_encoder: Path, tmp_pa
         train(table(), tiny_encoder, tmp_path / "m")
     with pytest.raises(ValueError, match=r"prompt_tokens must be at least 1; got 0"):
         train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=0)
+    for name, value, message in [
+        ("init", "label", "init is 'labels' or 'random'; got 'label'"),
+        ("pos_weight", "no", "pos_weight is 'balanced' or null; got 'no'"),
+    ]:
+        plain = inspect.unwrap(train_prompt)  # whose types the tests check before
+        with pytest.raises(ValueError, match=message):
+            plain(table(), LABELS, model=tiny_decoder, output=tmp_path / "m", **{name: value})
     with pytest.raises(
         ValueError, match=r"max_length=64 with prompt_tokens=449 is more than the 512"
     ):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value
+from scipy.sparse import csr_array
 from train.set_students import KINDS, LABELS, WEIGHTS, members, table, train
 
 from llmlabel.data import with_columns
@@ -23,6 +24,7 @@ from llmlabel.train.seq2set import (
     said_probs,
 )
 from llmlabel.train.set_decoder import TextToSet, load_set_decoder
+from llmlabel.train.student import Rows
 
 
 def dense(rows: Dataset) -> np.ndarray:
@@ -106,6 +108,13 @@ def test_the_order_of_a_set_changes_nothing(
     )
     assert mixed["label_ids"][:] != rows["label_ids"][:]
     assert files(train(mixed, tiny_encoder, tmp_path, num_train_epochs=3)) == files(beginner)
+
+
+def test_targets_are_never_made_a_table(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Rows, "targets")
+    train(table(), tiny_encoder, tmp_path, num_train_epochs=1)
 
 
 def test_another_seed_is_another_decoder(
@@ -251,7 +260,7 @@ def test_validation_keeps_the_best_epoch(tiny_encoder: Path, tmp_path: Path) -> 
     values = [one["loss"] for one in told["epochs"]]
     assert told["best_epoch"] == int(np.argmin(values)) < 24
     network, tokenizer, *_ = load_set_decoder(folder)
-    sets = label_sets(truth.astype(float), places=3)
+    sets = label_sets(csr_array(truth.astype(float)), places=3)
     total, right, guessed = 0.0, 0, 0
     for row, text in enumerate(seen["text"]):
         ids = torch.tensor([tokenizer(text).input_ids])

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from datasets import Dataset, List, Value
 from safetensors.torch import load_file
+from scipy.sparse import csr_array
 
 from llmlabel.data import with_columns
 from llmlabel.engine.labelsets import label_sets
 from llmlabel.labelspace import load_labels
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
+from llmlabel.train import text_to_text
 from llmlabel.train.network import padded
 from llmlabel.train.prompt_writer import PromptWriter, written
 from llmlabel.train.soft_prompt import keep_matrices
+from llmlabel.train.student import Rows
 from llmlabel.train.text_to_text import train_text_to_text, write_labels
 
 NAMES = ["animal", "money", "mat"]
@@ -260,6 +264,35 @@ def test_the_first_loss_by_hand(tiny_decoder: Path, tiny_tokenizer: Any, tmp_pat
     assert seen == pytest.approx(mean(table(3, first=90)), rel=1e-4)
 
 
+def test_targets_are_never_made_a_table(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Rows, "targets")
+    train(table(6), tiny_decoder, tmp_path, max_steps=1)
+
+
+def test_replies_are_made_of_what_is_stored(tiny_tokenizer: Any) -> None:
+    """2,000 rows of 3 labels among 2,000 are 32 MB as a table."""
+    labels = load_labels([f"l{i}" for i in range(2000)], multilabel=True)
+    ids = (np.arange(2000)[:, None] * 3 + np.arange(3)) % 2000
+    ids.sort(axis=1)
+    values = np.tile([0.9, 0.3, 0.5], 2000)
+    soft = csr_array((values, ids.ravel(), np.arange(2001) * 3), shape=(2000, 2000))
+    names = [str(row) for row in range(2000)]
+    rows = Rows(names, ["the cat"] * 2000, soft, np.ones(2000), 2000, list(range(2000)))
+    settings = {"max_labels": 2, "max_length": 8, "pos_weight": "balanced"}
+    script = text_to_text._Script.of(tiny_tokenizer, labels, rows, settings)
+    tracemalloc.start()
+    some = text_to_text._with_labels(rows)
+    replies = script.replies(some.texts, some.soft)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    assert script.counts.sum() == 4000
+    first = sorted([ids[0, 0], ids[0, 2]], key=lambda label: (-script.counts[label], label))
+    assert script.sets.read(replies.said[0]) == first
+
+
 def test_rows_without_labels_are_left_out_and_counted(tiny_decoder: Path, tmp_path: Path) -> None:
     probs = np.array([[0.9, 0.0, 0.0], [0.3, 0.3, 0.0], [0.0, 0.0, 0.6]])
     folder = train(table(6, probs=probs), tiny_decoder, tmp_path, max_steps=1)
@@ -277,6 +310,11 @@ def test_bad_input(student: Path, tiny_decoder: Path, tmp_path: Path) -> None:
         train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=0)
     with pytest.raises(ValueError, match=r"max_length=64 with 4\d\d tokens .* the 512 tokens"):
         train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=440)
+    settings = {"prompt_tokens": 1, "init": "labels", "pos_weight": "Balanced"}
+    with pytest.raises(ValueError, match="pos_weight is 'balanced' or null; got 'Balanced'"):
+        text_to_text._check(settings, LABELS, tmp_path)  # whose types the tests check before
+    with pytest.raises(ValueError, match="init is 'labels' or 'random'; got 'names'"):
+        text_to_text._check(settings | {"init": "names"}, LABELS, tmp_path)
     one = load_labels(NAMES)
     with pytest.raises(ValueError, match=r"learns sets of labels"):
         train_text_to_text(table(), one, model=tiny_decoder, output=tmp_path / "m")
