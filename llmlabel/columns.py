@@ -92,7 +92,7 @@ ADDED_BY = {
         "a labeler such as llmlabel.label.direct.label_direct adds it",
     ),
     "label_mass": "llmlabel.label.direct.label_direct adds it",
-    "candidates": "llmlabel.label.shortlist.shortlist adds it",
+    "candidates": "llmlabel.label.shortlist.shortlist or llmlabel.label.retrieval.stored_candidates adds it",
     "demonstrations": "llmlabel.label.demonstrations.choose_demonstrations adds it",
     **dict.fromkeys(("match", "match_mass"), "llmlabel.label.judge.judge adds it"),
     "votes": "llmlabel.label.weak.label_weak, llmlabel.refine.votes.add_votes or label_direct(..., "

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from llmlabel.blocks import map_blocks
 from llmlabel.data import (
     gold_index,
-    gold_matrix,
+    label_csr,
     plain_words,
     require_columns,
     with_columns,
@@ -104,7 +104,7 @@ def read_pool(pool: Dataset, labels: LabelSpace, *, answers: Answers | None) -> 
     known = pool.select(places)
     targets = csr_array((len(known), len(labels)))
     if answers == "gold" and labels.multilabel:
-        targets = csr_array(gold_matrix(known, labels)).astype(np.float64)
+        targets = label_csr(known, labels)
     elif answers == "gold":
         gold = gold_index(known, labels)
         given = np.flatnonzero(gold >= 0)

@@ -70,8 +70,9 @@ class DualTraining(Training, total=False):
     negatives: Negatives
     """`all` encodes every label in every update; `cached` compares with all, but encodes few; `ann`
     compares with near ones; `inbatch` with the labels of the update's other rows."""
-    refresh: float
-    """`cached`, `ann`: share of all labels that an update encodes in turn."""
+    refresh: float | None
+    """`cached`, `ann`: share of all labels that an update encodes in turn; a hundredth, but at least
+    256 labels, where it is null. In `cached` they stand for all that are not encoded."""
     hard_labels: int
     """`cached`, `ann`: labels that an update encodes because they are hard to tell from its rows'."""
     gradient_filter: float
@@ -112,7 +113,7 @@ def train_dual_encoder(
     Raises:
         ValueError: no row can be trained on, a label has no text, or a setting has no meaning.
     """
-    settings = _settled(training)
+    settings = _settled(training, len(labels))
     _check_output(output)
     check_patience(settings, validation)
     rows = _with_positives(training_rows(dataset, labels))
@@ -172,7 +173,7 @@ def train_dual_encoder(
     return output
 
 
-def _settled(training: DualTraining) -> dict[str, Any]:
+def _settled(training: DualTraining, labels: int) -> dict[str, Any]:
     if "head_learning_rate" in training:
         raise ValueError("head_learning_rate: a dual encoder has no head; leave it out")
     settings = settle(
@@ -182,7 +183,7 @@ def _settled(training: DualTraining) -> dict[str, Any]:
         top_k=5,
         positives="all",
         negatives="cached",
-        refresh=0.01,
+        refresh=None,
         hard_labels=256,
         gradient_filter=0.0,
         num_train_epochs=10,
@@ -190,6 +191,8 @@ def _settled(training: DualTraining) -> dict[str, Any]:
         per_device_train_batch_size=128,
         max_length=64,
     )
+    if settings["refresh"] is None:
+        settings["refresh"] = min(1.0, max(0.01, 256 / labels))
     for name, kind in (
         ("loss", RetrievalLoss),
         ("positives", Positives),

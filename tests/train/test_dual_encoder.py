@@ -168,6 +168,8 @@ def test_cached_labels_that_are_all_refreshed_are_all_labels(
     every = train(rows, labels, tower, tmp_path / "all", negatives="all", **small)
     cached = train(rows, labels, tower, tmp_path / "c", negatives="cached", refresh=1.0, **small)
     assert_equal(every, cached, atol=1e-6)
+    card = json.loads((tmp_path / "c" / "model_card.json").read_text())
+    assert card["settings"]["refresh"] == 1.0
     some = {"negatives": "cached", "refresh": 0.0, "hard_labels": 1}
     few = train(rows, labels, tower, tmp_path / "f", **some, **small)
     cards = [json.loads((tmp_path / n / "model_card.json").read_text()) for n in ("all", "f")]
@@ -258,7 +260,7 @@ def test_the_gradient_of_labels_is_right_on_average(
 
     def gradient(turn: int, **given: Any) -> torch.Tensor:
         towers = Towers(load_tower(tower, max_length=32))
-        settings = _settled({"dtype": "float32", "max_length": 32, "hard_labels": 0, **given})
+        settings = _settled({"dtype": "float32", "max_length": 32, "hard_labels": 0, **given}, 11)
         step = _step(towers, training_rows(rows, labels), labels, rows, settings)
         step.pool._turn = turn
         step.gradient(Update(Alone(), 0, [0, 1], 2.0))
