@@ -37,6 +37,9 @@ COLUMNS: dict[str, str] = {
     "band": "string or null: what was done with the soft label (keep, soften, replace, drop)",
     "excluded_ids": "list<int32>: labels that may be true though the row lacks them: no negatives",
     "negative_ids": "list<int32>: labels hard to tell from the row's own, hardest first",
+    "judged_ids": "list<int32>: labels that a judge read with the row, its own first",
+    "judged_probs": "list<float32>: how probably each is a match; null = not read",
+    "judge_auc": "float32: how often the judge put a true pair above a false one, on a probe",
     "added_ids": "list<int32>: labels added to incomplete gold",
     "suspect": "bool or null: whether early epochs of a student found another label; null = not trained",
     "early_id": "int32 or null: the label that early epochs of a student found; null = not trained",
@@ -104,6 +107,10 @@ ADDED_BY = {
     ),
     **dict.fromkeys(
         ("excluded_ids", "negative_ids"), "llmlabel.train.mining.mine_negatives adds it"
+    ),
+    **dict.fromkeys(
+        ("judged_ids", "judged_probs", "judge_auc"),
+        "llmlabel.train.judge_mining.judge_negatives adds it",
     ),
     "set_ids": "llmlabel.calibrate.conformal.predict_sets adds it",
     "split": "llmlabel.data.split adds it",

@@ -78,6 +78,8 @@ def local_path(source: str | Path) -> Path | None:
 def fetch(source: str | Path) -> str:
     """A path on this machine for `source`; downloads and converts once; hub names stay as they are.
 
+    A folder of `llmlabel.train.dual_encoder` is its encoder of texts.
+
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: the folder is half written, or a checksum is wrong.
@@ -94,6 +96,8 @@ def fetch(source: str | Path) -> str:
         return text
     if path.suffix == ".gguf":
         path = _from_gguf(path)
+    if (path / "encoder" / "modules.json").is_file():
+        path = path / "encoder"
     if path.is_dir():
         check_model_folder(path)
     return str(path)
@@ -153,18 +157,12 @@ def loading(model: str | Path) -> Iterator[None]:
 
 
 def load_encoder(model: str | Path | T) -> "SentenceTransformer | T":
-    """A sentence-transformers model in inference mode; what is no path or name stays as it is.
-
-    Of a folder of `llmlabel.train.dual_encoder` it is the one that reads texts.
-    """
+    """A sentence-transformers model in inference mode; what is no path or name stays as it is."""
     if not isinstance(model, str | Path):
         return model
     from sentence_transformers import SentenceTransformer
 
     path = fetch(model)
-    inner = Path(path, "encoder")
-    if (inner / "modules.json").is_file() and not Path(path, "modules.json").is_file():
-        path = str(inner)
     with loading(model):
         return SentenceTransformer(path)
 

@@ -39,6 +39,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path) -
     save(sets, Path("runs/calibrate/sets/value.parquet"))
     gold = [{**row, "label": labels.names[i % 3]} for i, row in enumerate(rows)]
     Path("gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    some = [
+        {"text": texts[i], "labels": [labels.names[i % 3]], "split": ["train", "test"][i > 47]}
+        for i in range(60)
+    ]
+    Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    Path("names.txt").write_text("cat\nmoney\nmat\n")
     spans = [
         {"start": 0, "end": 3, "label_id": i % 3, "prob": None, "agreement": None}
         for i in range(60)
@@ -65,7 +71,13 @@ def overrides(name: str, tiny_encoder: Path, tiny_decoder: Path) -> list[str]:
         "student.num_train_epochs=1",
         "student.max_length=128",
     ]
+    many = [
+        *("set.source=many.jsonl", "set.labels=names.txt"),
+        *("student.num_train_epochs=1", "student.max_length=64"),
+    ]
     return {
+        "dexml": [*many, "parts.shares={pool: 0.6, held: 0.4}", f"student.model={tiny_encoder}"],
+        "xmc_soft": [*many, *FAKE, "parts.shares={read: 0.5, left: 0.5}", f"minilm={tiny_encoder}"],
         "label": FAKE,
         "train": small,
         "calibrate": [],
@@ -233,6 +245,7 @@ def test_all_recipes_are_found() -> None:
         "committee",
         "compress",
         "crowd",
+        "dexml",
         "elr",
         "htc_topdown",
         "label",
@@ -262,6 +275,7 @@ def test_all_recipes_are_found() -> None:
         "train",
         "views",
         "weak",
+        "xmc_soft",
         "zero_shot",
     ]
 

@@ -14,6 +14,7 @@ encoder alone; `rows` and `labels` of the job take fewer rows and repeat labels.
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +169,7 @@ def trained(job: dict[str, Any], rows: Rows) -> None:
     folder = train(rows, job, Path(job["work"]) / "trained", steps)
     dual = load_dual_encoder(folder)
     fusion = ranked(rows, dual.texts, dual.labels, found, "trained")
-    card = {name: dual.card[name] for name in ("updates", "label_tokens", "seconds", "settings")}
+    card = {name: dual.card[name] for name in ("updates", "label_tokens", "settings")}
     found.tell(fusion=fusion, card=card, step_s=step, once_s=once, afterwards_s=afterwards)
 
 
@@ -209,13 +210,15 @@ def one(job: dict[str, Any], rows: Rows) -> None:
     rows = replace(rows, held=rows.held[: len(rows.known)])
     rows = repeated(rows, job.get("labels", len(rows.space)))
     with tempfile.TemporaryDirectory() as folder:
-        before = cpu_seconds()
-        dual = load_dual_encoder(train(rows, job, Path(folder) / "model", job["steps"]))
-        used = cpu_seconds() - before
+        before, started = cpu_seconds(), time.monotonic()
+        model = train(rows, job, Path(folder) / "model", job["steps"])
+        used, seconds = cpu_seconds() - before, time.monotonic() - started
+        dual = load_dual_encoder(model)
     if job.get("answers_too", True):
         index = label_index(rows.space, dual.labels)
         found.add("default", label_nearest(embed(rows.new, dual.texts), index), rows.space)
-    card = {name: dual.card[name] for name in ("updates", "label_tokens", "seconds", "loss")}
+    card = {name: dual.card[name] for name in ("updates", "label_tokens", "loss")}
+    card["seconds"] = seconds
     found.tell(card=card, cpu_s=used, mib=peak_mib(os.getpid()), learned=len(rows.learn()))
 
 

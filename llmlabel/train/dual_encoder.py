@@ -13,7 +13,6 @@ negative); the checkpoint is chosen on validation rows.
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -149,7 +148,6 @@ def train_dual_encoder(
             csr_sha(step.named),
             told,
         ]
-        started = time.monotonic()
         done = fit(objective, settings, name="train_dual_encoder", key=str(key), output=output)
     if done.is_main:
         card = {
@@ -161,7 +159,6 @@ def train_dual_encoder(
             "loss": done.losses,
             "updates": done.updates,
             "label_tokens": step.pool.label_tokens,
-            "seconds": time.monotonic() - started,
             "processes": done.processes,
             "settings": settings,
             "versions": {n: version(n) for n in ("torch", "transformers", "sentence-transformers")},

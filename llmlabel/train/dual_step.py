@@ -39,9 +39,10 @@ class Step:
         """Of all rows of an update over its labels; see `llmlabel.train.loop.Objective`."""
         accelerator = update.accelerator
         rank, count = accelerator.process_index, accelerator.num_processes
+        self.pool.rank, self.pool.processes = rank, count
         seed = int(torch.randint(2**62, ()))  # of the update and the process
         if self.pool.remembers and self.pool.vectors is None:
-            self.pool.vectors = self.vectors(None).to(accelerator.device)
+            self.pool.vectors = self.vectors(None).to(accelerator.device, torch.bfloat16)
             self.pool.label_tokens += sum(map(len, self.label_tokens))
         mine = update.rows[rank::count]
         texts = self._encode(self.towers.texts, [self.text_tokens[row] for row in mine], seed)

@@ -49,11 +49,14 @@ class LabelPool:
     gradient_filter: float
     temperature: float
     vectors: Float[Tensor, "labels width"] | None = None
-    """Of all labels, from when each was encoded last."""
+    """Of all labels, from when each was encoded last; bfloat16."""
     label_tokens: int = 0
     """Encoded in the training, those of a second pass again."""
     seed: int = 0
     """Of the turn of the labels."""
+    rank: int = 0
+    """Of this process, which compares with its part of the labels when it looks for hard ones."""
+    processes: int = 1
     _turn: int = 0
     _order: Int[np.ndarray, " labels"] = field(init=False, repr=False)
     _pending: tuple[Tensor, Tensor, int, int] | None = field(default=None, repr=False)
@@ -124,7 +127,6 @@ class LabelPool:
             found |= {label: None for label in place if label >= 0}
         return np.array(list(found)[:wanted], dtype=np.int64)
 
-    @torch.no_grad()
     def _pull(
         self, texts: Float[Tensor, "rows width"], given: csr_array, left_out: csr_array
     ) -> Float[np.ndarray, " labels"]:
@@ -132,12 +134,36 @@ class LabelPool:
         total = torch.full((len(texts),), -torch.inf, device=texts.device)
         for _, scores in self._blocks(texts, given, left_out):
             total = torch.logaddexp(total, scores.logsumexp(dim=1))
+        total = self.everyones(total[None]).logsumexp(dim=0)
         pull = torch.zeros(self.labels, device=texts.device)
-        for start, scores in self._blocks(texts, given, left_out):
-            shares = (scores - total[:, None]).exp_().nan_to_num_(0.0)
-            pull[start : start + scores.shape[1]] = shares.sum(dim=0)
-        found: np.ndarray = pull.double().cpu().numpy()
+        for ids, scores in self._blocks(texts, given, left_out):
+            pull[ids] = (scores - total[:, None]).exp_().nan_to_num_(0.0).sum(dim=0)
+        found: np.ndarray = self.everyones(pull[None]).sum(dim=0).double().cpu().numpy()
         return found
+
+    def _nearest(
+        self, blocks: Iterator[tuple[Int[Tensor, " block"], Tensor]], k: int
+    ) -> Int[Tensor, "rows k"]:
+        """Labels of the highest scores, then -1."""
+
+        def highest(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            best, order = scores.topk(min(k, scores.shape[1]), dim=1)
+            return best, ids.gather(1, order)
+
+        best, found = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        for ids, scores in blocks:
+            own = ids.expand(len(scores), -1)
+            if best.ndim == 1:
+                best, found = highest(scores, own)
+            else:
+                best, found = highest(torch.cat([best, scores], 1), torch.cat([found, own], 1))
+        # a process may have a label less than another
+        short = min(k, self.labels // self.processes + 1) - best.shape[1]
+        best = torch.nn.functional.pad(best, (0, short), value=-torch.inf)
+        found = torch.nn.functional.pad(found, (0, short), value=-1)
+        best, found = (self.everyones(part[None]) for part in (best, found))
+        best, found = highest(torch.cat([*best], dim=1), torch.cat([*found], dim=1))
+        return torch.where(best == -torch.inf, -1, found)
 
     @torch.no_grad()
     def _blocks(
@@ -146,37 +172,32 @@ class LabelPool:
         given: csr_array,
         left_out: csr_array,
         without: Bool[np.ndarray, " labels"] | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """First label and scores (rows, block) of each block, -inf where no negative is."""
+    ) -> Iterator[tuple[Int[Tensor, " block"], Tensor]]:
+        """Labels of this process, and their scores (rows, block), -inf where no negative is."""
         vectors = self._known()
         masked = given.astype(bool) + left_out.astype(bool)
         rows = np.repeat(np.arange(masked.shape[0]), np.diff(masked.indptr))
-        for start in range(0, self.labels, _BLOCK):
-            part = vectors[start : start + _BLOCK].to(texts)
-            scores = texts @ part.T / self.temperature
-            inside = (masked.indices >= start) & (masked.indices < start + len(part))
-            where = (
-                torch.from_numpy(rows[inside]),
-                torch.from_numpy(masked.indices[inside] - start),
-            )
-            scores[tuple(index.long().to(texts.device) for index in where)] = -torch.inf
+        own = np.arange(self.rank, self.labels, self.processes)
+        for start in range(0, len(own), _BLOCK):
+            ids = own[start : start + _BLOCK]
+            index = torch.from_numpy(ids).to(texts.device)
+            scores = texts @ vectors[index].to(texts).T / self.temperature
+            place = np.searchsorted(ids, masked.indices)
+            place[place == len(ids)] = 0
+            here = ids[place] == masked.indices
+            where = (torch.from_numpy(rows[here]), torch.from_numpy(place[here]))
+            scores[tuple(part.long().to(texts.device) for part in where)] = -torch.inf
             if without is not None:
-                scores[:, torch.from_numpy(without[start : start + len(part)])] = -torch.inf
-            yield start, scores
+                scores[:, torch.from_numpy(without[ids])] = -torch.inf
+            yield index, scores
 
-    def _nearest(self, blocks: Iterator[tuple[int, Tensor]], k: int) -> Int[Tensor, "rows k"]:
-        """Labels of the highest scores, then -1."""
-        best = ids = None
-        for start, scores in blocks:
-            places = torch.arange(start, start + scores.shape[1], device=scores.device)
-            places = places.expand(len(scores), -1)
-            best = scores if best is None else torch.cat([best, scores], dim=1)
-            ids = places if ids is None else torch.cat([ids, places], dim=1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            ids = ids.gather(1, order)
-        assert best is not None
-        assert ids is not None
-        return torch.where(best == -torch.inf, -1, ids)
+    def everyones(self, own: Tensor) -> Tensor:
+        """The tensors of all processes, one after the other."""
+        if self.processes == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.processes)]
+        torch.distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
 
     def _known(self) -> Tensor:
         if self.vectors is None:

@@ -263,6 +263,7 @@ def test_the_gradient_of_labels_is_right_on_average(
         settings = _settled({"dtype": "float32", "max_length": 32, "hard_labels": 0, **given}, 11)
         step = _step(towers, training_rows(rows, labels), labels, rows, settings)
         step.pool._turn = turn
+        step.pool.vectors = step.vectors(None)  # not rounded
         step.gradient(Update(Alone(), 0, [0, 1], 2.0))
         grads = [p.grad.flatten() for p in towers.parameters() if p.grad is not None]
         return torch.cat(grads)
