@@ -239,7 +239,9 @@ def _step(
         else csr_array((len(rows.ids), len(labels)))
         for name in ("excluded_ids", "negative_ids")
     )
-    excluded = csr_array(excluded - excluded.multiply(rows.soft != 0))
+    given = csr_array(rows.soft != 0, dtype=np.float64)
+    excluded = excluded + given @ _same_text(labels)
+    excluded = csr_array(excluded - excluded.multiply(given))
     excluded.eliminate_zeros()
     return Step(
         towers,
@@ -260,6 +262,15 @@ def _step(
             seed=settings["seed"],
         ),
     )
+
+
+def _same_text(labels: LabelSpace) -> csr_array:
+    """Which labels are read alike, so that nothing can tell one from the other."""
+    number_of = {text: n for n, text in enumerate(dict.fromkeys(labels.texts()))}
+    numbers = np.array([number_of[text] for text in labels.texts()])
+    ones = np.ones(len(labels))
+    of = csr_array((ones, (np.arange(len(labels)), numbers)), shape=(len(labels), len(number_of)))
+    return csr_array(of @ of.T)
 
 
 def _validation(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -90,15 +90,19 @@ class Encoded:
     """Computed so far, without padding."""
     _again: Callable[[Sequence[int]], Tensor] = field(repr=False)
     _chunks: list[tuple[int, list[int]]] = field(repr=False)
-    """Seed and texts of each pass."""
+    """Seed and different texts of each pass."""
+    _place: Int[Tensor, " texts"] = field(repr=False)
+    """Of each text among the different ones."""
     _kept: list[Tensor] = field(default_factory=list, repr=False)
     """The vectors of each pass with their graph."""
 
     def backward(self) -> None:
         """Adds the gradients of the weights."""
-        gradient = self.vectors.grad
-        if gradient is None:
+        if self.vectors.grad is None:
             return
+        count = sum(len(chosen) for _, chosen in self._chunks)
+        gradient = self.vectors.new_zeros(count, self.vectors.shape[1])
+        gradient.index_add_(0, self._place, self.vectors.grad)
         if self._kept:
             torch.autograd.backward(self._kept, [gradient[chosen] for _, chosen in self._chunks])
             return
@@ -119,6 +123,8 @@ def encode(
 ) -> Encoded:
     """Vectors of texts, in passes of at most so many padded tokens, longest first.
 
+    Texts of the same tokens are computed once.
+
     Args:
         tower: a sentence-transformers model.
         tokens: of each text.
@@ -128,21 +134,24 @@ def encode(
         keep_graph: whether graphs may be kept where they are small enough.
     """
     device = next(tower.parameters()).device
+    number_of = {own: n for n, own in enumerate(dict.fromkeys(map(tuple, tokens)))}
+    place = torch.tensor([number_of[tuple(own)] for own in tokens], device=device)
+    unique = [list(own) for own in number_of]
     told = {n: v for n, v in _read(tower, ["a"]).items() if not isinstance(v, Tensor)}
 
     def compute(chosen: Sequence[int]) -> Tensor:
-        ids, mask = padded([tokens[row] for row in chosen])
+        ids, mask = padded([unique[row] for row in chosen])
         inputs = told | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             found: Tensor = tower(inputs)["sentence_embedding"]
         return normalize(found.float(), dim=1)
 
-    lengths = [len(own) for own in tokens]
+    lengths = [len(own) for own in unique]
     chunks = [
         (int(np.random.SeedSequence([seed, n]).generate_state(1)[0]), rows)
         for n, rows in enumerate(passes(lengths, pass_tokens))
     ]
-    vectors = torch.zeros(len(tokens), tower.get_embedding_dimension(), device=device)
+    vectors = torch.zeros(len(unique), tower.get_embedding_dimension(), device=device)
     few = sum(len(rows) * lengths[rows[0]] for _, rows in chunks) <= pass_tokens
     kept = []
     with nullcontext() if keep_graph and few else torch.no_grad():
@@ -152,7 +161,8 @@ def encode(
             vectors[rows] = found.detach()
             if found.requires_grad:
                 kept.append(found)
-    return Encoded(vectors.requires_grad_(), sum(lengths), compute, chunks, kept)
+    leaf = vectors[place].requires_grad_()
+    return Encoded(leaf, sum(lengths), compute, chunks, place, kept)
 
 
 def passes(lengths: Sequence[int], pass_tokens: int) -> Iterator[list[int]]:

@@ -121,6 +121,41 @@ def test_the_gradient_cache_gives_the_gradient_of_plain_autograd_with_dropout(
     assert not torch.allclose(found._again(found._chunks[0][1]), vectors, atol=1e-3)
 
 
+def test_texts_of_the_same_tokens_are_computed_once(tower: Path) -> None:
+    model = load_tower(tower, max_length=32)
+    tokens = tokens_of(model, ["a cat", "money", "a cat", "a cat"])
+    found, apart = (encode(model, some, pass_tokens=99, seed=0) for some in (tokens, tokens[:2]))
+    assert found.tokens == apart.tokens == len(tokens[0]) + len(tokens[1])
+    aim = torch.linspace(-1, 1, found.vectors.numel()).view_as(found.vectors)
+    torch.autograd.backward((found.vectors * aim).sum())
+    found.backward()
+    mine = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    summed = torch.stack([aim[0] + aim[2] + aim[3], aim[1]])
+    torch.autograd.backward((apart.vectors * summed).sum())
+    apart.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_that_are_read_alike_are_no_negatives_of_each_other(
+    tower: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    from llmlabel.train.dual_encoder import _settled, _step
+    from llmlabel.train.student import training_rows
+    from llmlabel.train.towers import Towers
+
+    names = (*WORDS[:-1], "cat")  # the last one, now another cat
+    parents = (*labels.parents[:-1], ("tree",))
+    two = LabelSpace(labels.ids, names, labels.descriptions, parents, multilabel=True)
+    table = Dataset.from_dict({"text": ["a", "b", "c"], "gold": [[0], [10, 3], [4]]})
+    given = gold_labels(table, two)
+    towers = Towers(load_tower(tower, max_length=32))
+    step = _step(towers, training_rows(given, two), two, given, _settled({}, 11))
+    assert [step.left_out[[row]].indices.tolist() for row in range(3)] == [[10], [0], []]
+
+
 def test_one_step_is_that_of_a_plain_loss_over_all_labels(
     tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
 ) -> None:
