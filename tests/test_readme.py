@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def test_the_python_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (program,) = re.findall(r"```python\n(.+?)```", README, flags=re.S)
+    program, _ = re.findall(r"```python\n(.+?)```", README, flags=re.S)
     sections = ["business", "entertainment", "politics", "sports", "tech"]
     for number in range(250):
         section = sections[number % 5]
@@ -99,3 +101,31 @@ def test_the_python_example_runs(
     assert scope["sets"].num_rows == 250
     assert set(scope["sets"].column_names) >= {"set_ids", "label_probs", "gold"}
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_example_of_many_labels_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_encoder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, program = re.findall(r"```python\n(.+?)```", README, flags=re.S)
+    data = tmp_path / "data"
+    data.mkdir()
+    for part, count in (("trn", 40), ("tst", 10)):
+        lines = [f"{i % 5} {i % 7}" for i in range(count)]
+        (data / f"{part}_X.txt").write_text("".join(f"text {line}\n" for line in lines))
+        pairs = "".join(f"{i % 5}:1\n" for i in range(count))
+        (data / f"{part}_X_Y.txt").write_text(f"{count} 5\n{pairs}")
+    (data / "Y.txt").write_text("".join(f"name {i}\n" for i in range(5)))
+    model = "sentence-transformers/all-MiniLM-L6-v2"
+    assert model in program
+    exec(program.replace(f'"{model}"', f"{str(tiny_encoder)!r}, max_steps=2, max_length=32"), {})
+    assert "'R@stored': 1.0" in capsys.readouterr().out
+
+
+def test_the_page_of_costs_is_what_the_formulas_say() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/scale.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
