@@ -41,9 +41,11 @@ class Step:
         rank, count = accelerator.process_index, accelerator.num_processes
         self.pool.rank, self.pool.processes = rank, count
         seed = int(torch.randint(2**62, ()))  # of the update and the process
-        if self.pool.remembers and self.pool.vectors is None:
-            self.pool.vectors = self.vectors(None).to(accelerator.device, torch.bfloat16)
-            self.pool.label_tokens += sum(map(len, self.label_tokens))
+        if self.pool.remembers:
+            if self.pool.vectors is None:
+                self.pool.vectors = self.vectors(None).bfloat16()
+                self.pool.label_tokens += sum(map(len, self.label_tokens))
+            self.pool.vectors = self.pool.vectors.to(accelerator.device)
         mine = update.rows[rank::count]
         texts = self._encode(self.towers.texts, [self.text_tokens[row] for row in mine], seed)
         everyones = _gathered(texts.vectors.detach(), len(update.rows), accelerator)
@@ -100,11 +102,9 @@ class Step:
         one.data, rest.data = np.where(drawn, 1.0, 0.0), np.where(drawn, 0.0, 1.0)
         one.eliminate_zeros()
         rest.eliminate_zeros()
-        if (
-            self.settings["loss"] == "softmax"
-        ):  # there they stay among the negatives, as in the paper
-            return one, left_out
-        return one, csr_array(left_out + rest)
+        # of a softmax they stay among the negatives, as in the paper
+        is_softmax = self.settings["loss"] == "softmax"
+        return one, left_out if is_softmax else csr_array(left_out + rest)
 
     def _others(self, chosen: Int[np.ndarray, " some"]) -> Int[np.ndarray, " others"]:
         """Labels that an update compares with by their remembered vectors."""
