@@ -26,7 +26,8 @@ MINUTE = {
 
 @pytest.mark.parametrize("name", MINUTE)
 def test_a_minute_of_a_recipe(name: str, tmp_path: Path) -> None:
-    results = run(load_recipe(name, [*SOURCE, *MINUTE[name]]), output=tmp_path)
+    given = [*SOURCE, *MINUTE[name], f"file.output={tmp_path / 'predicted.jsonl'}"]
+    results = run(load_recipe(name, given), output=tmp_path)
     scores = results["scores"]
     assert all(found["rows"] == 4017 for found in scores.values())
     assert len(results["predicted"]) == 4017

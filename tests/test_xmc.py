@@ -162,6 +162,36 @@ def test_graded_relevances_are_soft_labels(tmp_path: Path) -> None:
     assert (counts(out)["graded"], counts(out)["repeated_labels"]) == (True, 1)
 
 
+def test_a_row_of_unknown_labels_has_no_relevances(tmp_path: Path) -> None:
+    lines = [
+        {"id": "a", "text": "x", "labels": ["cat", "dog"], "target_rel": [0.5, 1.0]},
+        {"id": "b", "text": "y", "labels": None},
+        {"id": "c", "text": "z", "labels": []},
+    ]
+    source = folder(tmp_path / "in", {"rows.jsonl": lines, "labels.txt": LABELS})
+    out = xmc.import_xmc(
+        source / "rows.jsonl", tmp_path / "out", labels=source / "labels.txt", block_rows=2
+    )
+    rows = xmc.xmc_rows(out)
+    assert rows["gold"][:] == [[0, 1], None, []]
+    assert rows["label_ids"][:] == [[1, 0], None, []]
+    assert rows["label_probs"][:] == [[1.0, 0.5], None, []]
+    soft = SoftLabels.from_dataset(rows, xmc.xmc_labels(out))
+    assert soft.probs.toarray().tolist() == [[0.5, 1, 0, 0], [0] * 4, [0] * 4]
+
+
+def test_an_id_of_null_is_none(tmp_path: Path) -> None:
+    lines = [
+        {"id": None, "text": "x", "labels": ["cat"]},
+        {"id": None, "uid": "u", "text": "x", "labels": ["cat"]},
+        {"uid": None, "text": "y", "labels": ["dog"]},
+        {"id": 0, "uid": "u", "text": "y", "labels": ["dog"]},
+    ]
+    source = folder(tmp_path / "in", {"rows.jsonl": lines, "labels.txt": LABELS})
+    out = xmc.import_xmc(source / "rows.jsonl", tmp_path / "out", labels=source / "labels.txt")
+    assert xmc.xmc_rows(out)["id"][:] == ["all-0", "u", "all-2", "0"]
+
+
 @pytest.mark.parametrize("name", ["trn_filter_labels.txt", "filter_labels_train.txt.gz"])
 def test_pairs_of_the_filter_are_a_column(tmp_path: Path, name: str) -> None:
     files = {"trn_X_Y.txt": MATRIX, "Y.txt": LABELS, name: "3 1\n0 3\n0 0\n3 1\n"}

@@ -5,6 +5,7 @@ Exact search compares with every label, block by block, and never holds rows x l
 cosines are then computed exactly. Labels that are added or taken away need no training, and only new texts are read.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,12 +53,8 @@ _SAME = 0.999
 
 _PROBE = ("a text", "another")
 
-_CARD, _LABELS, _VECTORS, _GRAPH = (
-    "index.json",
-    "labels.json",
-    "vectors.safetensors",
-    "graph.usearch",
-)
+_CARD, _LABELS = "index.json", "labels.json"
+_VECTORS, _GRAPH = "vectors.safetensors", "graph.usearch"
 
 Found = tuple[Int[np.ndarray, "rows k"], Float[np.ndarray, "rows k"]]
 """Label ids and their cosines, nearest first; of equal ones (to 6 digits) the lower id."""
@@ -122,7 +119,8 @@ class LabelIndex:
         ids, near = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k))
         left, count = np.arange(len(vectors)), k + _SLACK
         if self.graph is not None and count < self.size:
-            found = _named(self.graph, vectors, count, self.size)
+            self.graph.expansion_search = max(SEARCH, 2 * count)
+            found = topk.named(self.graph, vectors, count, self.size)
             products = topk.cosines(vectors, self.vectors, found)
             ids, near, enough = topk.nearest_owners(found, products, self._owners, k=k)
             left = left[~enough]
@@ -234,6 +232,13 @@ def updated(index: LabelIndex, labels: LabelSpace, encoder: str | Path | Encoder
     return found
 
 
+def searched(index: LabelIndex, search: Search) -> LabelIndex:
+    """With a graph or without, as `search` of `label_index` has it; "auto" leaves what there is."""
+    if search == "auto" or (index.graph is not None) == (search == "hnsw"):
+        return index
+    return _built(_compact(index), search)
+
+
 def save_index(index: LabelIndex, folder: Path) -> Path:
     """Writes labels.json, the vectors as safetensors, the graph in usearch's form, and a card."""
     from safetensors.numpy import save_file
@@ -256,7 +261,7 @@ def save_index(index: LabelIndex, folder: Path) -> Path:
     card = {
         "encoder": index.encoder,
         "labels": index.labels.fingerprint,
-        "vectors": models.content_sha(folder / _VECTORS)[:16],
+        "sha256": _sha256(folder / _VECTORS),
         "graph": index.graph is not None,
     }
     write_text(folder / _CARD, json.dumps(card, indent=2))
@@ -293,14 +298,15 @@ def load_index(folder: Path, *, labels: LabelSpace | None = None) -> LabelIndex:
         tensors = load_file(folder / _VECTORS)
         graph = _usearch().restore(str(folder / _GRAPH)) if card["graph"] else None
     index = LabelIndex(own, card["encoder"], (tensors["vectors"],), tensors["rows"], graph)
-    whole = card["labels"] == own.fingerprint and len(index.rows) == len(own)
-    if not whole or (graph is not None and len(graph) != index.size):
-        raise ValueError(
-            f"label index {folder}: its files do not belong together; build the index again"
-        )
     if (row := _bad(index.vectors[0])) is not None:
         raise ValueError(
             f"label index {folder}: its vector {row} has not length 1; build the index again"
+        )
+    whole = card["labels"] == own.fingerprint and len(index.rows) == len(own)
+    whole &= graph is None or len(graph) == index.size
+    if not whole or ("sha256" in card and card["sha256"] != _sha256(folder / _VECTORS)):
+        raise ValueError(
+            f"label index {folder}: its files do not belong together; build the index again"
         )
     return index
 
@@ -375,6 +381,12 @@ def _compact(index: LabelIndex) -> LabelIndex:
     )
 
 
+def _sha256(file: Path) -> str:
+    """Of all of it, which a copy has too; `models.content_sha` of a large file is of its age."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def _usearch() -> Any:
     try:
         from usearch.index import Index
@@ -383,16 +395,3 @@ def _usearch() -> Any:
             "search by a graph needs the package usearch: pip install usearch, or take search='exact'"
         ) from None
     return Index
-
-
-def _named(
-    graph: Any, vectors: Float[np.ndarray, "rows width"], count: int, size: int
-) -> Int[np.ndarray, "rows count"]:
-    """The vectors that the graph names; -1 where it names none, or one of a newer index."""
-    graph.expansion_search = max(SEARCH, 2 * count)
-    # one row more, because a lone one is answered in another form
-    found = graph.search(np.concatenate([vectors, vectors[:1]]), count)
-    there = np.arange(found.keys.shape[1]) < found.counts[:, None]  # behind them anything may stand
-    keys = np.where(there, found.keys.astype(np.int64), -1)[:-1]
-    named: np.ndarray = np.where(keys < size, keys, -1)
-    return named

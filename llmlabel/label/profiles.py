@@ -31,12 +31,15 @@ from llmlabel.label.memory import (
     with_labels,
 )
 from llmlabel.label.nearest import Own
-from llmlabel.label.retrieval import SCALE, opened, probabilities
+from llmlabel.label.retrieval import SCALE, check_sharpness, opened, probabilities
 from llmlabel.labelspace import LabelSpace
 from llmlabel.softlabels import LABEL_COLUMNS
 
 _CELLS = 2**26
 """Scores of rows and labels that are held at a time."""
+
+_NOTHING = 1e-6
+"""Cosine below which a row and a label have nothing in common: what float32 leaves of a difference."""
 
 
 def label_profiles(  # noqa: PLR0913  # one plain choice each
@@ -70,6 +73,7 @@ def label_profiles(  # noqa: PLR0913  # one plain choice each
     """
     check_prior(prior, k)
     index = opened(index)
+    check_sharpness(scale, midpoint, multilabel=index.labels.multilabel)
     labels, memory = index.labels, read_pool(pool, index.labels, answers="gold")
     sums = prior * topk.take(index.vectors, index.rows) + memory.sums()
     search: Search = "exact" if index.graph is None else "hnsw"
@@ -128,6 +132,7 @@ def label_lexical(  # noqa: PLR0913  # one plain choice each
         ValueError: an argument is out of bounds, or no pool row has text and gold.
     """
     check_prior(prior, k)
+    check_sharpness(scale, midpoint, multilabel=labels.multilabel)
     require_columns(dataset, "id", "text")
     words = Words.read(pool, labels, prior)
     name = f"lexical@{words.digest([prior, k, scale, midpoint, labels.fingerprint])}"
@@ -234,12 +239,14 @@ class Words:
             if len(entries) == 1 and self.texts[entries[0]] == texts[row]:  # x'x is 1
                 dot, length = scores[row, some] * self.lengths[some], self.lengths[some]
                 rest = np.sqrt(np.maximum(length**2 - 2 * dot + 1, 1e-12))
-                scores[row, some] = (dot - 1) / rest
+                left_over = np.where(np.abs(dot - 1) < _NOTHING * length, 0.0, dot - 1)
+                scores[row, some] = left_over / rest
             else:
                 left = self.sums[some] - mine[:, some].T @ self.vectors[list(entries)]
                 scores[row, some] = (_normalised(csr_array(left)) @ vectors[[row]].T).toarray()[
                     :, 0
                 ]
+        scores[np.abs(scores) < _NOTHING] = 0.0
         count = min(k, scores.shape[1])
         least = np.partition(scores, -count, axis=1)[:, -count]
         at, label = np.nonzero(scores >= least[:, None])

@@ -29,15 +29,19 @@ from llmlabel.label.index import (
     label_index,
     load_index,
     save_index,
+    searched,
     updated,
 )
 from llmlabel.label.memory import with_labels
 from llmlabel.labelspace import LabelSpace, load_labels
-from llmlabel.metrics.ranking import ranking_scores
+from llmlabel.metrics.ranking import counted, ranking_scores
 from llmlabel.softlabels import LABEL_COLUMNS, SoftLabels
 
 SCALE = 20.0
 """Of an encoder that nobody trained for the labels; that of CLIP's order for sentence encoders."""
+
+_MOST = 12.0
+"""Logit of a label of a multi-label space beyond which float32 tells probabilities apart no more."""
 
 
 def label_retrieval(  # noqa: PLR0913  # one plain choice each
@@ -73,20 +77,24 @@ def label_retrieval(  # noqa: PLR0913  # one plain choice each
         index: folder of the labels' vectors (`llmlabel.label.index`): read where it is there, brought
             to these labels, and written. Null reads `index` in a trained folder, where it is there,
             and writes nothing.
-        search: see `llmlabel.label.index.label_index`.
-        scale: sharpness; null is the inverse of the temperature trained with, or 20.
+        search: see `llmlabel.label.index.label_index`; "auto" leaves an index that is there as it is.
+        scale: sharpness; null is the inverse of the temperature trained with, or 20; multi-label not
+            above 20 or 12 / (1 - `midpoint`), and none above the latter is taken: float32 would lose
+            the order.
         midpoint: cosine at which a label of a multi-label space has probability 0.5.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks; the same call continues there.
 
     Raises:
-        ValueError: the index does not belong to the model, or `labels` is missing.
+        ValueError: the index does not belong to the model, `labels` is missing, or a number is out
+            of bounds.
     """
     require_columns(dataset, "id", "text")
     towers = _towers(model)
     space = _space(towers, labels)
-    _check_numbers(k, scale, midpoint)
-    sharpness = towers.scale if scale is None else scale
+    _check_k(k)
+    sharpness = _sharpness(towers, space, midpoint) if scale is None else scale
+    check_sharpness(sharpness, midpoint, multilabel=space.multilabel)
     name = f"retrieval:{towers.name}:{space.fingerprint[:8]}"
 
     @cache  # not before a block has to be computed
@@ -159,9 +167,10 @@ def label_nearest(
         block_rows: see there.
         output: see there.
     """
-    _check_numbers(k, scale, midpoint)
+    _check_k(k)
     require_columns(dataset, "id", "text", "vector")
     index = opened(index)
+    check_sharpness(scale, midpoint, multilabel=index.labels.multilabel)
     name = f"retrieval:{index.encoder}:{index.labels.fingerprint[:8]}"
     kept = ("error",) if "error" in dataset.column_names else ()
     return map_blocks(
@@ -191,7 +200,7 @@ def stored_recall(
     rows = np.flatnonzero(np.diff(gold.indptr))
     if not len(rows):
         raise ValueError("stored_recall: no row has a true label in `gold`, so nothing to find")
-    scores = SoftLabels.from_dataset(dataset, labels).probs[rows]
+    scores = counted(dataset, labels)[rows]
     found = ranking_scores(scores, gold[rows], ks=ks)
     return {f"R@{k}": found[f"R@{k}"] for k in ks}
 
@@ -267,28 +276,48 @@ def opened(index: LabelIndex | Path) -> LabelIndex:
 def _vectors(
     labels: LabelSpace, encoder: Encoder, towers: _Towers, output: Path | None, search: Search
 ) -> LabelIndex:
-    """The vectors of the labels: as they are kept, brought to these labels, or computed."""
+    """The vectors of the labels: as they are kept, brought to what is asked for, or computed."""
     folder = output or towers.index
     if folder is None or not (folder / "index.json").is_file():
         found = label_index(labels, encoder, search=search, name=towers.name)
     else:
-        found = load_index(folder)
-        if found.labels.fingerprint == labels.fingerprint:
-            check_encoder(found, encoder)
+        kept = load_index(folder)
+        if kept.labels.fingerprint == labels.fingerprint:
+            check_encoder(kept, encoder)
+            found = searched(kept, search)
+        else:
+            found = searched(updated(kept, labels, encoder), search)
+        if found is kept:
             return found
-        found = updated(found, labels, encoder)
     if output is not None:
         save_index(found, output)
     return found
 
 
-def _check_numbers(k: int, scale: float | None, midpoint: float) -> None:
+def _check_k(k: int) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, the number of labels to store; got {k}")
-    if scale is not None and not 0 < scale < np.inf:
+
+
+def _sharpness(towers: _Towers, labels: LabelSpace, midpoint: float) -> float:
+    """Where none is given."""
+    if not labels.multilabel:
+        return towers.scale
+    scale = min(towers.scale, SCALE)
+    return min(scale, _MOST / (1 - midpoint)) if midpoint < 1 else scale
+
+
+def check_sharpness(scale: float, midpoint: float, *, multilabel: bool) -> None:
+    """Raises a ValueError for numbers without a meaning, or that lose the order of the labels."""
+    if not 0 < scale < np.inf:
         raise ValueError(f"scale must be above 0, the sharpness of the probabilities; got {scale}")
     if not -1 <= midpoint <= 1:
         raise ValueError(f"midpoint is a cosine, from -1 to 1; got {midpoint}")
+    if multilabel and scale * (1 - midpoint) > _MOST * (1 + 1e-9):  # rounding of `_sharpness`
+        raise ValueError(
+            f"scale x (1 - midpoint) must be at most {_MOST:g} in a multi-label space, or near labels "
+            f"all have probability 1 and no order; got scale={scale:g} and midpoint={midpoint:g}"
+        )
 
 
 def _labelled(

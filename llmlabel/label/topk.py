@@ -1,6 +1,7 @@
 """The highest products of vectors with a matrix of very many rows, by blocks of it."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -109,3 +110,15 @@ def _chunks(blocks: Blocks) -> Iterator[tuple[int, Float[np.ndarray, "_ width"]]
         for at in range(0, len(block), CHUNK):
             yield start + at, block[at : at + CHUNK]
         start += len(block)
+
+
+def named(
+    graph: Any, vectors: Float[np.ndarray, "rows width"], count: int, size: int
+) -> Int[np.ndarray, "rows count"]:
+    """The rows that a graph of usearch names; -1 where it names none, or one from `size` on."""
+    # one row more, because a lone one is answered in another form
+    found = graph.search(np.concatenate([vectors, vectors[:1]]), count)
+    there = np.arange(found.keys.shape[1]) < found.counts[:, None]  # behind them anything may stand
+    keys = np.where(there, found.keys.astype(np.int64), -1)[:-1]
+    known: np.ndarray = np.where(keys < size, keys, -1)
+    return known

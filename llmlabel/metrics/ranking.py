@@ -150,8 +150,12 @@ def measure_ranking(
     *,
     training: Dataset | None = None,
     ks: tuple[int, ...] = (1, 3, 5),
+    a: float = 0.55,
+    b: float = 1.5,
 ) -> dict[str, dict[str, float]]:
     """`ranking_scores` of each source, over its rows whose gold is known, and the recall of all stored.
+
+    What a row lists in `excluded_ids` is not counted, for it or against it.
 
     Args:
         sources: name -> rows with `gold` and soft labels.
@@ -159,13 +163,15 @@ def measure_ranking(
         training: rows with `gold` whose counts give the propensities; null leaves the propensity-scored
             numbers out.
         ks: how many labels of a row count.
+        a: of the propensities, see `inverse_propensity`.
+        b: see there.
 
     Raises:
         ValueError: a source has no row whose gold is known.
     """
     weights = None
     if training is not None:
-        weights = inverse_propensity(label_csr(training, labels))
+        weights = inverse_propensity(label_csr(training, labels), a=a, b=b)
     found = {}
     for name, dataset in sources.items():
         require_columns(dataset, "gold")
@@ -173,12 +179,21 @@ def measure_ranking(
         if not len(known):
             raise ValueError(f"measure_ranking: no row of the source {name!r} has known gold")
         rows = dataset.select(known)
-        probs, gold = SoftLabels.from_dataset(rows, labels).probs, label_csr(rows, labels)
+        gold, probs = label_csr(rows, labels), counted(rows, labels)
         most = int(np.diff(probs.indptr).max(initial=1))
         numbers = ranking_scores(probs, gold, ks=(*ks, most), inverse_propensity=weights)
         kept = {key: value for key, value in numbers.items() if int(key.partition("@")[2]) in ks}
         found[name] = {"rows": float(len(known)), **kept, "R@stored": numbers[f"R@{most}"]}
     return found
+
+
+def counted(dataset: Dataset, labels: LabelSpace) -> csr_array:
+    """The soft labels of each row without what it lists in `excluded_ids`."""
+    probs = SoftLabels.from_dataset(dataset, labels).probs
+    if "excluded_ids" not in dataset.column_names:
+        return probs
+    left_out = label_csr(dataset, labels, column="excluded_ids")
+    return without_pairs(probs, np.column_stack(left_out.nonzero()).astype(np.int64))
 
 
 def without_pairs(scores: csr_array, pairs: Int[np.ndarray, "pairs 2"]) -> csr_array:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -32,14 +32,13 @@ from llmlabel.data import label_csr, require_columns
 from llmlabel.files import write_text
 from llmlabel.label.index import index_of_vectors, save_index
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
-from llmlabel.loss.retrieval import RetrievalLoss
-from llmlabel.metrics.ranking import ranking_scores
+from llmlabel.metrics.ranking import ranking_scores, without_pairs
 from llmlabel.train import checkpoint
-from llmlabel.train.dual_step import Positives, Step
+from llmlabel.train.dual_settings import DualTraining, settle_dual
+from llmlabel.train.dual_step import Step
 from llmlabel.train.folder import check_labels
-from llmlabel.train.label_pool import LabelPool, Negatives
+from llmlabel.train.label_pool import LabelPool
 from llmlabel.train.loop import Objective, fit, trained
-from llmlabel.train.settings import Training, settle
 from llmlabel.train.student import (
     Rows,
     check_patience,
@@ -51,31 +50,11 @@ from llmlabel.train.student import (
 )
 from llmlabel.train.towers import Towers, load_tower, tokens_of
 
+_SCORES = 2**24
+"""Of rows and labels, held at a time in a validation."""
+
 _CARD, _LABELS = "model_card.json", "labels.json"
 _TEXTS, _NAMES, _INDEX = "encoder", "label_encoder", "index"
-
-
-class DualTraining(Training, total=False):
-    """How a dual encoder is trained, beside what all trainers have."""
-
-    loss: RetrievalLoss
-    """See `llmlabel.loss.retrieval.retrieval_loss`."""
-    temperature: float
-    """What cosines are divided by."""
-    top_k: int
-    """K of the loss `soft_topk`."""
-    positives: Positives
-    """`sampled` takes one label of a row in an update, by relevance; the others are left out."""
-    negatives: Negatives
-    """`all` encodes every label in every update; `cached` compares with all, but encodes few; `ann`
-    compares with near ones; `inbatch` with the labels of the update's other rows."""
-    refresh: float | None
-    """`cached`, `ann`: share of all labels that an update encodes in turn; a hundredth, but at least
-    256 labels, where it is null. In `cached` they stand for all that are not encoded."""
-    hard_labels: int
-    """`cached`, `ann`: labels that an update encodes because they are hard to tell from its rows'."""
-    gradient_filter: float
-    """`cached`: a hard label whose shares among the rows' negatives sum to less is not encoded."""
 
 
 def train_dual_encoder(
@@ -104,7 +83,7 @@ def train_dual_encoder(
         label_model: another one that reads the labels; `model` reads both where it is null.
         validation: rows with `gold` that no training row repeats. The epoch whose nDCG@5 among all
             labels is highest is kept.
-        **training: see `DualTraining`.
+        **training: see `llmlabel.train.dual_settings.DualTraining`.
 
     Returns:
         The model folder, with the vectors of all labels; `llmlabel.label.retrieval` reads it.
@@ -112,7 +91,7 @@ def train_dual_encoder(
     Raises:
         ValueError: no row can be trained on, a label has no text, or a setting has no meaning.
     """
-    settings = _settled(training, len(labels))
+    settings = settle_dual(training, len(labels))
     _check_output(output)
     check_patience(settings, validation)
     rows = _with_positives(training_rows(dataset, labels))
@@ -168,47 +147,6 @@ def train_dual_encoder(
         _save(towers, labels, step.vectors(None), card, output)
         checkpoint.remove(output)
     return output
-
-
-def _settled(training: DualTraining, labels: int) -> dict[str, Any]:
-    if "head_learning_rate" in training:
-        raise ValueError("head_learning_rate: a dual encoder has no head; leave it out")
-    settings = settle(
-        training,
-        loss="decoupled_softmax",
-        temperature=0.05,
-        top_k=5,
-        positives="all",
-        negatives="cached",
-        refresh=None,
-        hard_labels=256,
-        gradient_filter=0.0,
-        num_train_epochs=10,
-        learning_rate=5e-5,
-        per_device_train_batch_size=128,
-        max_length=64,
-    )
-    if settings["refresh"] is None:
-        settings["refresh"] = min(1.0, max(0.01, 256 / labels))
-    for name, kind in (
-        ("loss", RetrievalLoss),
-        ("positives", Positives),
-        ("negatives", Negatives),
-    ):
-        if settings[name] not in get_args(kind):
-            raise ValueError(
-                f"{name} is one of {', '.join(get_args(kind))}; got {settings[name]!r}"
-            )
-    for name, low, high in (
-        ("temperature", 1e-3, 100.0),
-        ("top_k", 1, float("inf")),
-        ("refresh", 0.0, 1.0),
-        ("hard_labels", 0, float("inf")),
-        ("gradient_filter", 0.0, float("inf")),
-    ):
-        if not low <= settings[name] <= high:
-            raise ValueError(f"{name} must be between {low} and {high}; got {settings[name]}")
-    return settings
 
 
 def _with_positives(rows: Rows) -> Rows:
@@ -287,9 +225,15 @@ def _validation(
     named = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
     ids = [None if named[i] is None else str(named[i]) for i in kept]
     tokens = tokens_of(step.towers.texts, texts)
+    left_out = csr_array(gold.shape)
+    if "excluded_ids" in dataset.column_names:
+        left_out = label_csr(dataset, labels, column="excluded_ids")[kept]
+    pairs = np.column_stack(left_out.nonzero()).astype(np.int64)
+    longest = int(np.diff(left_out.indptr).max(initial=0))
 
     def validate(_: torch.nn.Module) -> dict[str, float]:
-        found = best(step.vectors(tokens), step.vectors(None), k=10)
+        found = best(step.vectors(tokens), step.vectors(None), k=10 + longest)
+        found = without_pairs(found, pairs)
         numbers = ranking_scores(found, gold, ks=(1, 5, 10))
         chosen = {name: numbers[name] for name in ("P@1", "P@5", "nDCG@5", "R@10")}
         return {"loss": 1 - numbers["nDCG@5"], **chosen}
@@ -308,8 +252,9 @@ def best(
     """The cosines of the `k` nearest labels of each row."""
     k = min(k, len(labels))
     values, ids = [], []
-    for start in range(0, len(texts), 1024):
-        value, place = (texts[start : start + 1024] @ labels.T).topk(k, dim=1)
+    block = max(1, _SCORES // len(labels))
+    for start in range(0, len(texts), block):
+        value, place = (texts[start : start + block] @ labels.T).topk(k, dim=1)
         values.append(value.cpu().numpy().ravel())
         ids.append(place.cpu().numpy().ravel())
     indptr = np.arange(0, len(texts) * k + 1, k)
@@ -367,8 +312,8 @@ def _save(
     index = index_of_vectors(
         labels,
         vectors.cpu().numpy(),
-        encoder=f"dual_encoder:{models.model_name(card['model'])}",
-        search="auto" if find_spec("faiss") else "exact",
+        encoder=f"dual_encoder:{models.model_name(card['model'])}@{models.model_sha(folder / _TEXTS)}",
+        search="auto" if find_spec("usearch") else "exact",
     )
     save_index(index, folder / _INDEX)
     save_labels(labels, folder / _LABELS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmlabel.loss.retrieval import Fixed, Relevance, retrieval_loss
 from llmlabel.loss.soft import weighted_mean
-from llmlabel.train.label_pool import LabelPool
+from llmlabel.train.label_pool import Chosen, LabelPool
 from llmlabel.train.loop import Update, trained
 from llmlabel.train.settings import number_format
 from llmlabel.train.towers import Encoded, Towers, encode
@@ -44,7 +44,8 @@ class Step:
         if self.pool.remembers:
             if self.pool.vectors is None:
                 self.pool.vectors = self.vectors(None).bfloat16()
-                self.pool.label_tokens += sum(map(len, self.label_tokens))
+                different = set(map(tuple, self.label_tokens))
+                self.pool.label_tokens += sum(map(len, different))
             self.pool.vectors = self.pool.vectors.to(accelerator.device)
         mine = update.rows[rank::count]
         texts = self._encode(self.towers.texts, [self.text_tokens[row] for row in mine], seed)
@@ -81,9 +82,7 @@ class Step:
         texts.backward()
         fresh.backward()
         _sum_gradients(self.towers, accelerator)
-        tokens = accelerator.reduce(torch.tensor(fresh.tokens, device=losses.device), "sum")
-        every = _gathered(fresh.vectors.detach(), len(chosen.ids), accelerator)
-        self.pool.remember_later(chosen, every, int(tokens))
+        self._remember(chosen, fresh, accelerator)
         return loss.detach() * update.total / count
 
     def _positives(self, update: Update) -> tuple[csr_array, csr_array]:
@@ -105,6 +104,14 @@ class Step:
         # of a softmax they stay among the negatives, as in the paper
         is_softmax = self.settings["loss"] == "softmax"
         return one, left_out if is_softmax else csr_array(left_out + rest)
+
+    def _remember(self, chosen: Chosen, fresh: Encoded, accelerator: Any) -> None:
+        """What the update has encoded, once it has succeeded."""
+        tokens = accelerator.reduce(torch.tensor(fresh.tokens, device=fresh.vectors.device), "sum")
+        every = None
+        if self.pool.remembers:
+            every = _gathered(fresh.vectors.detach(), len(chosen.ids), accelerator)
+        self.pool.remember_later(chosen, every, int(tokens))
 
     def _others(self, chosen: Int[np.ndarray, " some"]) -> Int[np.ndarray, " others"]:
         """Labels that an update compares with by their remembered vectors."""

@@ -59,7 +59,7 @@ class LabelPool:
     processes: int = 1
     _turn: int = 0
     _order: Int[np.ndarray, " labels"] = field(init=False, repr=False)
-    _pending: tuple[Tensor, Tensor, int, int] | None = field(default=None, repr=False)
+    _pending: tuple[Tensor, Tensor | None, int, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """A sample in turn is a random one: neighbours in a label space are alike."""
@@ -121,7 +121,8 @@ class LabelPool:
             order = np.argsort(-pull, kind="stable")[:wanted]
             return order[pull[order] >= self.gradient_filter]
         each = 2 * -(-wanted // len(texts))  # rows that are alike have the same ones near
-        near = self._nearest(self._blocks(texts, given, left_out, chosen), each).tolist()
+        blocks = self._blocks(texts, given, left_out, chosen)
+        near = self._nearest(blocks, texts.new_empty(len(texts), 0), each).tolist()
         found: dict[int, None] = {}
         for place in zip(*near, strict=True):  # the nearest of every row first
             found |= {label: None for label in place if label >= 0}
@@ -142,21 +143,21 @@ class LabelPool:
         return found
 
     def _nearest(
-        self, blocks: Iterator[tuple[Int[Tensor, " block"], Tensor]], k: int
+        self,
+        blocks: Iterator[tuple[Int[Tensor, " block"], Tensor]],
+        best: Float[Tensor, "rows 0"],
+        k: int,
     ) -> Int[Tensor, "rows k"]:
-        """Labels of the highest scores, then -1."""
+        """Labels of the highest scores, then -1; `best` has the rows' format."""
 
         def highest(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             best, order = scores.topk(min(k, scores.shape[1]), dim=1)
             return best, ids.gather(1, order)
 
-        best, found = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        found = best.long()
         for ids, scores in blocks:
             own = ids.expand(len(scores), -1)
-            if best.ndim == 1:
-                best, found = highest(scores, own)
-            else:
-                best, found = highest(torch.cat([best, scores], 1), torch.cat([found, own], 1))
+            best, found = highest(torch.cat([best, scores], 1), torch.cat([found, own], 1))
         # a process may have a label less than another
         short = min(k, self.labels // self.processes + 1) - best.shape[1]
         best = torch.nn.functional.pad(best, (0, short), value=-torch.inf)
@@ -204,7 +205,7 @@ class LabelPool:
             raise RuntimeError("the labels have not been encoded yet")
         return self.vectors
 
-    def remember_later(self, chosen: Chosen, vectors: Tensor, tokens: int) -> None:
+    def remember_later(self, chosen: Chosen, vectors: Tensor | None, tokens: int) -> None:
         """What counts as soon as the update has succeeded; see `commit`."""
         self._pending = (torch.from_numpy(chosen.ids), vectors, chosen.turn, tokens)
 
@@ -214,7 +215,7 @@ class LabelPool:
             return
         chosen, vectors, self._turn, tokens = self._pending
         self.label_tokens += tokens
-        if self.vectors is not None:
+        if self.vectors is not None and vectors is not None:
             self.vectors[chosen.to(self.vectors.device)] = vectors.to(self.vectors)
         self._pending = None
 

@@ -4,7 +4,7 @@ Label sets are incomplete, so the labels nearest to a row are often true though 
 `mine_negatives` tells the two apart by a teacher encoder's scores, and `judge_negatives` of
 `llmlabel.train.judge_mining` by a language model that reads each pair. Both write `excluded_ids`,
 what a loss should leave out, and `negative_ids`; a row without a given label or without a text has
-null there.
+null there, or the `excluded_ids` that it came with.
 """
 
 import hashlib
@@ -123,7 +123,8 @@ def mine_negatives(  # noqa: PLR0913  # who teaches, where the bar is, what is t
     """Adds `excluded_ids` and `negative_ids`, of the `k` labels nearest to a row that it was not given.
 
     Nearest by the teacher's cosine of the text and "name: description". Labels at or above the bar
-    are excluded; `count` of the others are the negatives, hardest first.
+    are excluded; `count` of the others are the negatives, hardest first. What `excluded_ids` holds
+    already, as of a filter file, stays excluded and is not looked at; a row not mined keeps it.
 
     With m given labels, `positive` decides which of their scores sets the bar. A true label that was
     forgotten, and that scores like any given one, is then excluded with probability m / (m + 1) at
@@ -132,10 +133,10 @@ def mine_negatives(  # noqa: PLR0913  # who teaches, where the bar is, what is t
     drops for each of the row's pairs.
 
     Args:
-        dataset: rows with `id`, `text` and given labels.
+        dataset: rows with `id`, `text` and given labels, and maybe `excluded_ids`.
         labels: their label space.
         encoder: the teacher: path, hub name, `package:` source, or anything with `encode`.
-        k: labels that are looked at a row, besides its own.
+        k: labels that are looked at a row, besides its own and those excluded already.
         rule: see `bars`.
         value: see there.
         positive: which given label's score sets the bar.
@@ -156,6 +157,7 @@ def mine_negatives(  # noqa: PLR0913  # who teaches, where the bar is, what is t
     take, reduce = sampler(sample, step=step, count=count, seed=seed), reducer(positive)
     if k < 1:
         raise ValueError(f"k must be at least 1, the labels looked at; got {k}")
+    earlier = ("excluded_ids",) if "excluded_ids" in dataset.column_names else ()
 
     @cache  # not before a block has to be computed
     def ready() -> tuple[Encoder, np.ndarray, Callable[[np.ndarray, Own], Nearest]]:
@@ -165,20 +167,24 @@ def mine_negatives(  # noqa: PLR0913  # who teaches, where the bar is, what is t
 
     def compute(block: Dataset) -> Dataset:
         texts, given, ids = block["text"][:], given_labels(block, labels, answers), block["id"][:]
-        excluded: list[list[int] | None] = [None] * len(block)
+        excluded: list[list[int] | None] = (
+            block["excluded_ids"][:] if earlier else [None] * len(block)
+        )
         negatives: list[list[int] | None] = [None] * len(block)
         rows = [row for row, text in enumerate(texts) if text.strip() and given[row]]
         if rows:
             teacher, anchors, find = ready()
             vectors = unit_vectors(teacher, [texts[row] for row in rows])
             _finite(vectors, "row with id", [ids[row] for row in rows])
-            found, cosines = find(vectors, [given[row] for row in rows])
+            known = [[*given[row], *(excluded[row] or ())] for row in rows]
+            found, cosines = find(vectors, known)
             own = [reduce(anchors[given[row]] @ vectors[i]) for i, row in enumerate(rows)]
             bar = bars(np.array(own), rule=rule, value=value).round(6)
             for i, row in enumerate(rows):
                 near = found[i][cosines[i] > -np.inf]
                 beyond = cosines[i][: len(near)].round(6) >= bar[i]
-                excluded[row] = near[beyond].tolist()
+                new, before = near[beyond].tolist(), excluded[row]
+                excluded[row] = sorted({*before, *new}) if before else new
                 negatives[row] = take(near[~beyond].tolist(), ids[row])
         return with_columns(
             block, {"excluded_ids": (excluded, IDS), "negative_ids": (negatives, IDS)}
@@ -191,7 +197,7 @@ def mine_negatives(  # noqa: PLR0913  # who teaches, where the bar is, what is t
         compute,
         columns=("excluded_ids", "negative_ids"),
         key=json.dumps(["mine_negatives", name, labels.fingerprint, *map(str, choice)]),
-        reads=columns_of(answers),
+        reads=(*columns_of(answers), *earlier),
         block_rows=block_rows,
         output=output,
         name="mine_negatives",

@@ -49,7 +49,7 @@ def load_tower(source: str | Path, *, max_length: int) -> Any:
 
     path = models.fetch(source)
     with models.loading(source):
-        tower = SentenceTransformer(path)
+        tower = SentenceTransformer(path, device="cpu")  # the loop moves it to its process's device
     limit = getattr(tower, "max_seq_length", None)
     if limit is None or not callable(getattr(tower, "tokenizer", None)):
         raise ValueError(
@@ -135,7 +135,7 @@ def encode(
     """
     device = next(tower.parameters()).device
     number_of = {own: n for n, own in enumerate(dict.fromkeys(map(tuple, tokens)))}
-    place = torch.tensor([number_of[tuple(own)] for own in tokens], device=device)
+    place = torch.tensor([number_of[tuple(own)] for own in tokens], dtype=torch.long, device=device)
     unique = [list(own) for own in number_of]
     told = {n: v for n, v in _read(tower, ["a"]).items() if not isinstance(v, Tensor)}
 

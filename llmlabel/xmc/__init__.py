@@ -255,9 +255,10 @@ class _Writer:
         counts["without_text"] += not row.text.strip()
         counts["without_features"] += not row.has_features
         counts["graded"] |= graded
-        known = None if row.labels is None else gold
+        probs = [relevance[label] for label in ordered]
+        known, *soft = (None, None, None) if row.labels is None else (gold, ordered, probs)
         values: list[Any] = [row.id, row.text, known, *([row.excluded] if self.excluded else [])]
-        values += [ordered, [relevance[label] for label in ordered], self.space.fingerprint]
+        values += [*soft, self.space.fingerprint]
         for column, value in zip(self.columns, values, strict=True):
             column.append(value)
         if len(self.columns[0]) == self.block_rows:

@@ -245,10 +245,12 @@ def _json_rows(part: PartFiles, space: LabelSpace, encodings: list[str]) -> Iter
         if not (isinstance(split, str) and re.fullmatch(r"\w[\w.-]*", split)):
             raise ValueError(f"{where}: split {split!r} is no plain word, such as train")
         named = named or "text" in record or "title" in record
+        id = record.get("id")
+        id = record.get("uid") if id is None else id
         labels = _positions(record, space, known, where)
         yield Row(
             split=split,
-            id=str(record.get("id", record.get("uid", f"{split}-{at}"))),
+            id=f"{split}-{at}" if id is None else str(id),
             text=_text(record, where),
             labels=labels,
             relevance=_relevance(record, labels or [], where),

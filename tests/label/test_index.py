@@ -215,6 +215,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         check_encoder(load_index(folder), Letters(width=5))
     with pytest.raises(ValueError, match="does not belong to the model"):
         updated(load_index(folder), space(["a", "c"]), Letters(salt=1))
+    other = save_index(label_index(space(["a", "b"]), Letters(salt=1)), tmp_path / "other")
+    own = (folder / "vectors.safetensors").read_bytes()
+    (folder / "vectors.safetensors").write_bytes((other / "vectors.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="its files do not belong together; build the index again"):
+        load_index(folder)
+    (folder / "vectors.safetensors").write_bytes(own)  # a copy, later, is the same
+    load_index(folder)
     card = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(card | {"labels": "other"}))
     with pytest.raises(ValueError, match="its files do not belong together; build the index again"):

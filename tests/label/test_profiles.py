@@ -165,6 +165,18 @@ def test_words_equal_tf_idf_by_hand() -> None:
     assert got["engine"][0].startswith("lexical@")
 
 
+@pytest.mark.parametrize("prior", [0.01, 2.5, 100.0])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_row_is_no_evidence_for_its_own_label_even_by_rounding(prior: float, copies: int) -> None:
+    """Of a label whose name and other rows share nothing with a row, float32 leaves some 1e-8."""
+    texts = ["quick brown foxes jumping", "lazy dogs", "huge ships sail north", "bitter tea"]
+    pool = words(texts * copies, [[0], [1], [2], [3]] * copies, "p")
+    names = space(["zzzz", "yyyy", "xxxx", "vvvv"])
+    got = label_lexical(pool, pool, names, prior=prior)
+    own = [i in ids for i, ids in zip([0, 1, 2, 3] * copies, got["label_ids"], strict=True)]
+    assert own == [False] * 4 * copies
+
+
 def test_words_do_not_depend_on_blocks_or_on_the_order_of_the_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -187,6 +199,12 @@ def test_what_has_no_meaning_is_refused() -> None:
         label_profiles(table(pool), table(pool, gold), index, prior=0.0)
     with pytest.raises(ValueError, match="k must be at least 1"):
         label_lexical(words(TEXTS), words(TEXTS, GOLD, "p"), NAMES, k=0)
+    for refused in (
+        lambda: label_profiles(table(pool), table(pool, gold), index, scale=100.0),
+        lambda: label_lexical(words(TEXTS), words(TEXTS, GOLD, "p"), NAMES, scale=100.0),
+    ):
+        with pytest.raises(ValueError, match="must be at most 12 in a multi-label space"):
+            refused()
     with pytest.raises(ValueError, match="no pool row has text and gold"):
         label_lexical(words(TEXTS), words(TEXTS, [None] * 5, "p"), NAMES)
 

@@ -14,7 +14,7 @@ from llmlabel import models
 from llmlabel.data import with_columns
 from llmlabel.label import retrieval
 from llmlabel.label.embedding import embed
-from llmlabel.label.index import label_index, load_index, save_index
+from llmlabel.label.index import index_of_vectors, label_index, load_index, save_index
 from llmlabel.label.retrieval import (
     build_label_index,
     label_nearest,
@@ -39,7 +39,7 @@ def rows(texts: list[str], gold: list[list[int] | None] | None = None) -> Datase
 def test_probabilities_equal_the_loop(seed: int, labels: LabelSpace) -> None:
     rng = np.random.default_rng(seed)
     encoder, k = Letters(salt=seed), int(rng.integers(1, 15))
-    scale, midpoint = float(rng.uniform(1, 20)), float(rng.uniform(0, 0.6))
+    scale, midpoint = float(rng.uniform(1, 12)), float(rng.uniform(0, 0.6))
     texts = [f"text {i}" for i in range(5)]
     got = label_retrieval(
         rows(texts), model=encoder, labels=labels, k=k, scale=scale, midpoint=midpoint, block_rows=2
@@ -61,6 +61,50 @@ def test_no_label_has_probability_0_however_sharp() -> None:
         values = probabilities(cosines, 1e6, 0.5, multilabel=multilabel).astype(np.float32)
         assert (values > 0).all()
         assert values[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("midpoint", [0.5, 0.0, -1.0, 1.0])
+def test_a_small_temperature_keeps_the_order_of_several_labels(midpoint: float) -> None:
+    """At 1 / 0.01 all cosines from .7 on have probability 1, and the lowest number comes first."""
+    cosines = np.array([[0.7, 0.75, 0.8, 0.85, 0.9, 0.95]])
+    index = index_of_vectors(
+        space([*"abcdef"]), np.stack([cosines[0], np.sqrt(1 - cosines[0] ** 2)], 1), encoder="e"
+    )
+    towers = retrieval._Towers("e", index.labels, 1 / 0.01, lambda: (Letters(), Letters()))
+    sharpness = retrieval._sharpness(towers, index.labels, midpoint)
+    vector = with_columns(rows(["t"]), {"vector": ([[1.0, 0.0]], List(Value("float32")))})
+    got = label_nearest(vector, index, scale=sharpness, midpoint=midpoint)
+    assert got["label_ids"] == [[5, 4, 3, 2, 1, 0]]
+    assert retrieval._sharpness(towers, ONE, midpoint) == 100.0  # softmax keeps it at any
+    with pytest.raises(ValueError, match="all have probability 1 and no order"):
+        label_nearest(vector, index, scale=100.0, midpoint=0.5)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_kept_index_is_searched_as_asked(tmp_path: Path, graph: bool, more: bool) -> None:
+    pytest.importorskip("usearch")
+    before, after = ("exact", "hnsw") if graph else ("hnsw", "exact")
+    labels = space([*MANY.names, "new"]) if more else MANY
+    folder = build_label_index(
+        Letters(),
+        labels=MANY,
+        output=tmp_path / "index",
+        search=before,  # type: ignore[arg-type]
+    )
+    assert (load_index(folder).graph is None) == graph
+    build_label_index(Letters(), labels=labels, output=folder)  # auto
+    assert (load_index(folder).graph is None) == graph
+    build_label_index(Letters(), labels=labels, output=folder, search=after)  # type: ignore[arg-type]
+    kept = load_index(folder, labels=labels)
+    assert (kept.graph is not None) == graph
+    assert (folder / "graph.usearch").is_file() == graph
+    queries = Letters().encode(["p", "q"])
+    fresh = label_index(labels, Letters())
+    np.testing.assert_array_equal(kept.search(queries, k=5)[0], fresh.search(queries, k=5)[0])
+    stamp = (folder / "index.json").stat().st_mtime_ns
+    build_label_index(Letters(), labels=labels, output=folder, search=after)  # type: ignore[arg-type]
+    assert (folder / "index.json").stat().st_mtime_ns == stamp  # nothing to do
 
 
 def test_a_row_without_text_has_no_label_and_a_cut_is_told() -> None:
@@ -124,6 +168,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         ({"k": 0}, "k must be at least 1"),
         ({"scale": 0.0}, "scale must be above 0"),
         ({"midpoint": 2.0}, "midpoint is a cosine"),
+        ({"scale": 25.0}, r"scale x \(1 - midpoint\) must be at most 12 .* got scale=25"),
     ):
         with pytest.raises(ValueError, match=message):
             label_retrieval(texts, model=Letters(), labels=MANY, **wrong)
@@ -188,7 +233,11 @@ def test_a_trained_folder_brings_labels_temperature_and_towers(
         tower.save(str(folder / "label_encoder"), create_model_card=False)
     labels = load_labels(["a cat", "a dog", "sports"], multilabel=True)
     save_labels(labels, folder / "labels.json")
-    card = {"model": "tiny", "labels": labels.fingerprint, "settings": {"temperature": 0.1}}
+    card = {"model": "tiny", "labels": labels.fingerprint, "settings": {"temperature": 0.01}}
+    (folder / "model_card.json").write_text(json.dumps(card))
+    sharp = label_retrieval(rows(["a dog"]), model=folder)
+    assert max(sharp["label_probs"][0]) < 1  # not those of 1 / 0.01, which are all the same
+    card["settings"] = {"temperature": 0.1}
     (folder / "model_card.json").write_text(json.dumps(card))
     got = label_retrieval(rows(["a dog"]), model=folder, midpoint=0.0)
     texts = models.load_encoder(folder / "encoder").encode(["a dog"], normalize_embeddings=True)

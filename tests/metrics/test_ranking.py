@@ -192,5 +192,10 @@ def test_sources_are_measured_over_rows_of_known_gold() -> None:
     assert scored["PSP@1"] == pytest.approx(
         weights[1] / (weights[1] + max(weights[1], weights[2]) + weights[0])
     )
+    pairs = rows.add_column("excluded_ids", [[0], [], [], []])  # of the first row its best label
+    assert measure_ranking({"one": pairs}, labels, ks=(1,))["one"]["P@1"] == pytest.approx(2 / 3)
+    amazon = inverse_propensity(label_csr(training, labels), a=0.6, b=2.6)
+    other = measure_ranking({"one": rows}, labels, training=training, ks=(1,), a=0.6, b=2.6)["one"]
+    assert other["PSP@1"] == pytest.approx(amazon[1] / (amazon[1] + amazon[1:].max() + amazon[0]))
     with pytest.raises(ValueError, match="no row of the source 'one' has known gold"):
         measure_ranking({"one": rows.select([3])}, labels)

@@ -126,6 +126,9 @@ def test_texts_of_the_same_tokens_are_computed_once(tower: Path) -> None:
     tokens = tokens_of(model, ["a cat", "money", "a cat", "a cat"])
     found, apart = (encode(model, some, pass_tokens=99, seed=0) for some in (tokens, tokens[:2]))
     assert found.tokens == apart.tokens == len(tokens[0]) + len(tokens[1])
+    none = encode(model, [], pass_tokens=99, seed=0)  # of a process that has no row left
+    assert none.vectors.shape == (0, found.vectors.shape[1])
+    none.backward()
     aim = torch.linspace(-1, 1, found.vectors.numel()).view_as(found.vectors)
     torch.autograd.backward((found.vectors * aim).sum())
     found.backward()
@@ -142,7 +145,8 @@ def test_texts_of_the_same_tokens_are_computed_once(tower: Path) -> None:
 def test_labels_that_are_read_alike_are_no_negatives_of_each_other(
     tower: Path, rows: Dataset, labels: LabelSpace
 ) -> None:
-    from llmlabel.train.dual_encoder import _settled, _step
+    from llmlabel.train.dual_encoder import _step
+    from llmlabel.train.dual_settings import settle_dual
     from llmlabel.train.student import training_rows
     from llmlabel.train.towers import Towers
 
@@ -152,7 +156,7 @@ def test_labels_that_are_read_alike_are_no_negatives_of_each_other(
     table = Dataset.from_dict({"text": ["a", "b", "c"], "gold": [[0], [10, 3], [4]]})
     given = gold_labels(table, two)
     towers = Towers(load_tower(tower, max_length=32))
-    step = _step(towers, training_rows(given, two), two, given, _settled({}, 11))
+    step = _step(towers, training_rows(given, two), two, given, settle_dual({}, 11))
     assert [step.left_out[[row]].indices.tolist() for row in range(3)] == [[10], [0], []]
 
 
@@ -282,7 +286,8 @@ def test_the_gradient_of_labels_is_right_on_average(
     tower: Path, rows: Dataset, labels: LabelSpace
 ) -> None:
     """Over all turns the few labels of `cached` have the gradient of `all`, weights alike."""
-    from llmlabel.train.dual_encoder import _settled, _step
+    from llmlabel.train.dual_encoder import _step
+    from llmlabel.train.dual_settings import settle_dual
     from llmlabel.train.loop import Update
     from llmlabel.train.student import training_rows
     from llmlabel.train.towers import Towers
@@ -295,7 +300,9 @@ def test_the_gradient_of_labels_is_right_on_average(
 
     def gradient(turn: int, **given: Any) -> torch.Tensor:
         towers = Towers(load_tower(tower, max_length=32))
-        settings = _settled({"dtype": "float32", "max_length": 32, "hard_labels": 0, **given}, 11)
+        settings = settle_dual(
+            {"dtype": "float32", "max_length": 32, "hard_labels": 0, **given}, 11
+        )
         step = _step(towers, training_rows(rows, labels), labels, rows, settings)
         step.pool._turn = turn
         step.pool.vectors = step.vectors(None)  # not rounded
@@ -424,6 +431,9 @@ def test_two_towers_are_saved_apart(
         ({"head_learning_rate": 0.1}, r"head_learning_rate: a dual encoder has no head"),
         ({"early_stopping_patience": 1}, r"early_stopping_patience=1 needs `validation`"),
         ({"epochs": 1}, r"there is no setting 'epochs'"),
+        ({"gradient_checkpointing": True}, r"gradient_checkpointing: .*lower pass_tokens"),
+        ({"loss": "soft_topk", "top_k": 11}, r"top_k=11 must be below .*, which is 11"),
+        ({"loss": "soft_topk", "negatives": "inbatch"}, r"needs more labels than top_k in every"),
     ],
 )
 def test_bad_settings(

@@ -242,6 +242,19 @@ def test_rows_without_a_label_or_a_text_have_null() -> None:
     assert (every["excluded_ids"][0], every["negative_ids"][0]) == ([], [])
 
 
+def test_what_is_excluded_already_stays_and_is_no_negative(tmp_path: Path) -> None:
+    teacher, labels = at([0.8, 0.9, 0.77, 0.75, 0.5, -0.3]), space(6)
+    rows = rows_of([[0], [0], None], ["text 0", "text 0", "text 0"])
+    rows = with_columns(rows, {"excluded_ids": ([[4, 0], None, [5]], INTS)})  # 0 is its own too
+    got = mine_negatives(rows, labels, teacher, k=4, output=tmp_path)
+    assert got["excluded_ids"][:] == [[0, 1, 2, 4], [1, 2], [5]]
+    assert got["negative_ids"][:] == [[3, 5], [3, 4], None]
+    other = with_columns(rows, {"excluded_ids": ([[3], [], None], INTS)})
+    again = mine_negatives(other, labels, teacher, k=4, output=tmp_path)  # reads no older block
+    assert again["excluded_ids"][:] == [[1, 2, 3], [1, 2], None]
+    assert again["negative_ids"][:] == [[4, 5], [3, 4], None]
+
+
 def test_soft_labels_are_given_labels_too() -> None:
     labels = space(4)
     probs = np.array([[0.9, 0.0, 0.2, 0.0]])
