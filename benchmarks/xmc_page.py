@@ -14,7 +14,7 @@ NAMES = {
     "napkinxc": "napkinXC PLT",
     "omikuji": "omikuji",
     "pecos": "libpecos XR-Linear",
-    "sentence_transformers": "sentence-transformers CachedMNRL, MiniLM",
+    "sentence_transformers": "sentence-transformers CachedMNRL, MiniLM, float32",
     "frozen": "llmlabel, MiniLM",
     "trained": "llmlabel, MiniLM",
 }

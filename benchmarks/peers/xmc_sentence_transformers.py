@@ -7,7 +7,7 @@ scikit-learn==1.9.1
     python xmc_sentence_transformers.py JOB.json      job: `max_length` in tokens
 
 CachedMultipleNegativesRankingLoss as its manual has it: cosine times 20, batches of 128 without
-repeated texts, warm-up of a tenth; bfloat16, as for ours. It knows one positive a pair only, so that
+repeated texts, warm-up of a tenth; in float32, as is its default. It knows one positive a pair only, so that
 each pass over the rows draws one label of each. Learning rates are tried for a tenth of the minutes
 each; the best one trains for what is left. The number of steps follows from the time of the first
 ones, so that the learning rate has gone down to zero at the end.
@@ -89,7 +89,6 @@ def train(model: SentenceTransformer, task: Task, *, rate: float, steps: int, en
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            bf16=True,
             seed=0,
         )
         SentenceTransformerTrainer(
