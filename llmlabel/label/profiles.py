@@ -12,6 +12,7 @@ What a pool holds with the id or the words of a row does not count for that row.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -166,7 +167,7 @@ class Words:
 
     memory: Memory
     texts: list[str]
-    features: tuple[object, ...]
+    features: tuple[Any, ...]
     vectors: csr_array
     sums: csr_array
 
@@ -258,10 +259,10 @@ class Words:
         return ids, np.take_along_axis(scores, ids, axis=1)
 
 
-def _vectors(texts: list[str], features: tuple[object, ...]) -> csr_array:
+def _vectors(texts: list[str], features: tuple[Any, ...]) -> csr_array:
     from scipy.sparse import hstack
 
-    return _normalised(csr_array(hstack([some.transform(texts) for some in features])))  # type: ignore[attr-defined]
+    return _normalised(csr_array(hstack([some.transform(texts) for some in features])))
 
 
 def _normalised(vectors: csr_array) -> csr_array:

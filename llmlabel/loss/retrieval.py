@@ -153,6 +153,7 @@ def retrieval_loss(  # noqa: PLR0913  # each a plain choice
     scale = (alpha if loss == "soft_topk" else 1.0) / temperature
     masked = loss == "decoupled_softmax"
     settings = fused.Settings(scale, block, group, mask_positives=masked, fixed=fixed)
+    # torch has no types for `apply`
     return FusedLoss.apply(  # type: ignore[no-untyped-call]
         solve, settings, texts, labels, rows, ids, weights, counted
     )

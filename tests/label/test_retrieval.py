@@ -90,12 +90,12 @@ def test_a_kept_index_is_searched_as_asked(tmp_path: Path, graph: bool, more: bo
         Letters(),
         labels=MANY,
         output=tmp_path / "index",
-        search=before,  # type: ignore[arg-type]
+        search=before,
     )
     assert (load_index(folder).graph is None) == graph
     build_label_index(Letters(), labels=labels, output=folder)  # auto
     assert (load_index(folder).graph is None) == graph
-    build_label_index(Letters(), labels=labels, output=folder, search=after)  # type: ignore[arg-type]
+    build_label_index(Letters(), labels=labels, output=folder, search=after)
     kept = load_index(folder, labels=labels)
     assert (kept.graph is not None) == graph
     assert (folder / "graph.usearch").is_file() == graph
@@ -103,7 +103,7 @@ def test_a_kept_index_is_searched_as_asked(tmp_path: Path, graph: bool, more: bo
     fresh = label_index(labels, Letters())
     np.testing.assert_array_equal(kept.search(queries, k=5)[0], fresh.search(queries, k=5)[0])
     stamp = (folder / "index.json").stat().st_mtime_ns
-    build_label_index(Letters(), labels=labels, output=folder, search=after)  # type: ignore[arg-type]
+    build_label_index(Letters(), labels=labels, output=folder, search=after)
     assert (folder / "index.json").stat().st_mtime_ns == stamp  # nothing to do
 
 

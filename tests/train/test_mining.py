@@ -124,7 +124,7 @@ def test_truth_table_of_the_rules(
 def test_the_bar_rises_with_the_positive_and_never_lies_above_it() -> None:
     scores = np.linspace(-1, 1, 201)
     for rule in ("perc_pos", "margin_pos"):
-        found = bars(scores, rule=rule)  # type: ignore[arg-type]
+        found = bars(scores, rule=rule)
         assert (np.diff(found) > 0).all()
         assert (found <= scores).all()
 
@@ -201,7 +201,7 @@ def test_mining_equals_the_loop(seed: int) -> None:
         "count": int(rng.integers(1, 8)),
     }
     rule, value = [("perc_pos", 0.9), ("margin_pos", 0.2), ("abs", 0.1), ("none", None)][seed % 4]
-    got = mine_negatives(rows_of(gold), labels, Known(vectors), rule=rule, value=value, **options)  # type: ignore[arg-type]
+    got = mine_negatives(rows_of(gold), labels, Known(vectors), rule=rule, value=value, **options)
     unit = {t: (v / np.linalg.norm(v)).tolist() for t, v in vectors.items()}
     for i, given in enumerate(gold):
         anchors = [unit[text] for text in labels.texts()]
@@ -307,7 +307,7 @@ def test_choices_that_nobody_knows() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            inspect.unwrap(function)(**options)  # type: ignore[operator]
+            inspect.unwrap(function)(**options)
 
 
 def test_bad_vectors_and_labels() -> None:
@@ -436,7 +436,7 @@ def test_judging_equals_the_loop(seed: int) -> None:
     rows = with_columns(rows, {"negative_ids": ([[5, 3, 8, 11, 2, 7]] * count, INTS)})
     got = judge_negatives(
         rows, labels, Judge(truth), beta=1 / 16, positive=positive, sample="topk", least_auc=0.0
-    )  # type: ignore[arg-type]
+    )
     for i in range(count):
         said = truth[f"text {i}"]
         own, others = (
