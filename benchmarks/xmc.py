@@ -35,7 +35,8 @@ HERE = Path(__file__).parent
 PAGE = HERE / "results" / "xmc.md"
 SHARED = HERE.parents[1] / "shared" / "data"
 BASELINES = ("names", "centroid", "neighbours")
-PEERS = ("napkinxc", "omikuji", "pecos", "sentence_transformers")
+PACKAGES = ("napkinxc", "omikuji", "pecos", "sentence_transformers")
+PEERS = (*PACKAGES, "sentence_transformers_bf16")
 OURS = ("frozen", "trained")
 LOSSES = ("softmax", "decoupled_softmax", "soft_topk", "bce")
 SEEDS = (0, 1, 2)
@@ -60,7 +61,7 @@ class Bench:
         if kept.is_file():
             return
         python = self.pythons.get(script, sys.executable)
-        if script in PEERS and script not in self.pythons:
+        if script in PACKAGES and script not in self.pythons:
             option = f"--{script.replace('_', '-')}"
             print(f"{data} {name}: left out, there is no {option} PYTHON", flush=True)
             return
@@ -109,7 +110,8 @@ def baselines(bench: Bench, args: argparse.Namespace, data: str) -> None:
 
 def peers(bench: Bench, args: argparse.Namespace, data: str) -> None:
     for method in asked(args, PEERS):
-        bench.measure(data, method, method, max_length=MAX_LENGTH[data])
+        script, bf16 = method.removesuffix("_bf16"), method.endswith("_bf16")
+        bench.measure(data, method, script, max_length=MAX_LENGTH[data], bf16=bf16)
 
 
 def ours(bench: Bench, args: argparse.Namespace, data: str) -> None:
@@ -160,7 +162,7 @@ def main() -> None:
         "--data", nargs="+", choices=("finna", "debtags"), default=["finna", "debtags"]
     )
     parser.add_argument("--who", nargs="+", choices=(*BASELINES, *PEERS, *OURS))
-    for package in PEERS:
+    for package in PACKAGES:
         parser.add_argument(f"--{package.replace('_', '-')}", metavar="PYTHON")
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--debtags", type=Path)
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     args = parser.parse_args()
     known = problems(args)
-    pythons = {name: value for name in PEERS if (value := getattr(args, name))}
+    pythons = {name: value for name in PACKAGES if (value := getattr(args, name))}
     bench = Bench(args.work, pythons, args.minutes)
     for data in known:
         for part in args.part:

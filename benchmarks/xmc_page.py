@@ -15,6 +15,7 @@ NAMES = {
     "omikuji": "omikuji",
     "pecos": "libpecos XR-Linear",
     "sentence_transformers": "sentence-transformers CachedMNRL, MiniLM, float32",
+    "sentence_transformers_bf16": "sentence-transformers CachedMNRL, MiniLM, bfloat16",
     "frozen": "llmlabel, MiniLM",
     "trained": "llmlabel, MiniLM",
 }

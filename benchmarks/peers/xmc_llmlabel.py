@@ -150,7 +150,7 @@ def frozen(job: dict[str, Any], rows: Rows) -> None:
 def minilm(job: dict[str, Any]) -> Any:
     encoder = models.load_encoder(models.MINILM)
     encoder.max_seq_length = job["max_length"]
-    return encoder
+    return encoder.bfloat16() if job["training"].get("dtype") == "bfloat16" else encoder
 
 
 def trained(job: dict[str, Any], rows: Rows) -> None:

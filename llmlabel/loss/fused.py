@@ -255,24 +255,6 @@ def bce(pool: Pool) -> Solved:
     return Solved(loss, lambda scores: scores.sigmoid_(), -pool.weights)
 
 
-def soft_topk(pool: Pool, counts: Tensor, candidates: Tensor) -> Solved:
-    """Scores come multiplied by alpha; `counts` is K of each row, of so many candidates."""
-    at_entries = torch.empty_like(pool.weights)
-    shift, spread = solve_shift(pool, counts, candidates - counts, at_entries)
-    unsolved = candidates <= counts  # there is no t, and the row does not count
-    shift, spread = shift.masked_fill(unsolved, 0.0), spread.masked_fill(unsolved, 1.0)
-    margin = at_entries + shift[pool.rows]
-    missing = pool.weights * torch.sigmoid(-margin)
-    loss = pool.sum_by_row(-pool.weights * logsigmoid(margin))
-    factor = pool.sum_by_row(missing) / spread.clamp(min=torch.finfo(spread.dtype).tiny)
-
-    def slope(scores: Tensor) -> Tensor:
-        smaller = scores.add_(shift).abs_().neg_().sigmoid_()
-        return smaller.addcmul_(smaller, smaller, value=-1).mul_(factor)
-
-    return Solved(loss, slope, -missing)
-
-
 def _log_z(pool: Pool, *, with_mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of the scores, scores of the entries, and the mean score under the softmax."""
     at_entries, zeros = torch.empty_like(pool.weights), pool.texts.new_zeros(len(pool.texts))
@@ -293,65 +275,3 @@ def _log_z(pool: Pool, *, with_mean: bool = False) -> tuple[Tensor, Tensor, Tens
         total, moment = reduced(torch.stack([total * decay, moment * decay]), pool.group)
         peak = highest
     return peak + total.log(), at_entries, moment / total
-
-
-def solve_shift(
-    pool: Pool, counts: Tensor, others: Tensor, at_entries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shift t of sum_j s(score_j + t) = K, and sum_j s'(score_j + t).
-
-    Newton's steps within a bracket. A label is counted as 1 or 0 by its sign and only what it
-    lacks to that is summed, so that the sum is exact where K labels stand far above the rest.
-    """
-    best = _best(pool, int(counts.max()) + 1 if len(counts) else 1, at_entries)
-    last_in = best.gather(1, counts[:, None] - 1)[:, 0]
-    first_out = best.gather(1, counts[:, None])[:, 0]
-    count = counts.to(best.dtype)
-    low, high = -last_in - others.clamp(min=1).to(best.dtype).log(), count.log() - first_out
-    shift = -(last_in + first_out) / 2
-    noise = 8 * torch.finfo(best.dtype).eps
-    for _ in range(100):
-        above, signed, total, spread = _sums(pool, shift)
-        excess = (above - count) - signed
-        low, high = torch.where(excess < 0, shift, low), torch.where(excess < 0, high, shift)
-        step = -torch.log1p(excess / count) * (count + excess) / spread
-        # exactly K labels above 0: a plateau, where the sum is sinh-like and Newton far off is slow
-        level = torch.log((total + signed) / (total - signed)) / 2
-        step = torch.where((above == count) & (level.abs() > 1), level, step)
-        rounding = noise * (total + (1 + shift.abs()) * spread)
-        moves = (excess.abs() > rounding) & (step.abs() > noise * (1 + shift.abs()))
-        if not moves.any():  # NaN does not move
-            break
-        new = shift + step
-        new = torch.where((new > low) & (new < high), new, (low + high) / 2)
-        shift = torch.where(moves, new, shift)
-    return torch.where(excess.isnan(), excess, shift), spread
-
-
-def _sums(pool: Pool, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over labels, with x = score + t and u = s(-|x|): of x >= 0, sign(x) u, u and u (1 - u)."""
-    zeros = pool.texts.new_zeros(len(pool.texts))
-    sums = torch.stack([zeros, zeros, zeros, zeros])
-    for _, _, scores, _, _ in pool.blocks():
-        scores.add_(shift)
-        smaller = scores.abs().neg_().sigmoid_()
-        sums[0] += (~scores.signbit()).sum(dim=0)
-        sums[1] += torch.copysign(smaller, scores, out=scores).sum(dim=0)
-        sums[2] += smaller.sum(dim=0)
-        sums[3] -= smaller.mul_(smaller).sum(dim=0)
-    sums[3] += sums[2]
-    above, signed, total, spread = reduced(sums, pool.group)
-    return above, signed, total, spread
-
-
-def _best(pool: Pool, count: int, at_entries: Tensor) -> Tensor:
-    """The highest scores of each row, over all processes; -inf where there are too few."""
-    best = pool.texts.new_full((len(pool.texts), count), -torch.inf)
-    for _, _, scores, _, _ in pool.blocks(at_entries):
-        of_block = scores.T.topk(min(count, len(scores)), dim=1).values
-        best = torch.cat([best, of_block], dim=1).topk(count, dim=1).values
-    if pool.group is not None:
-        parts = [torch.empty_like(best) for _ in range(distributed.get_world_size(pool.group))]
-        distributed.all_gather(parts, best, group=pool.group)
-        best = torch.cat(parts, dim=1).topk(count, dim=1).values
-    return best

@@ -39,6 +39,7 @@ from llmlabel.loss.soft import (
     symmetric_kl_divergence,
     upcast,
 )
+from llmlabel.loss.soft_topk import soft_topk
 
 __all__ = [
     "Fixed",
@@ -141,7 +142,7 @@ def retrieval_loss(  # noqa: PLR0913  # each a plain choice
     if loss == "soft_topk":
         counts, candidates = _selected(k, rows[values == 0], len(texts), count, group)
         counted = counted & (candidates > counts)
-        solve = partial(fused.soft_topk, counts=counts, candidates=candidates)
+        solve = partial(soft_topk, counts=counts, candidates=candidates)
     else:
         solve = {
             "decoupled_softmax": fused.decoupled_softmax,

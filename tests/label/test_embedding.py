@@ -11,6 +11,7 @@ from llmlabel.label.embedding import (
     label_embedding,
     label_vectors,
     readable_vectors,
+    unit_vectors,
 )
 from llmlabel.labelspace import load_labels
 from llmlabel.models import MINILM
@@ -55,6 +56,18 @@ def test_multilabel_compares_with_the_row_mean() -> None:
     got = label_embedding(table(["x"]), Encoder(), labels, scale=10.0)
     dense = SoftLabels.from_dataset(got, labels).dense()
     np.testing.assert_allclose(dense, [[1 / (1 + np.e), np.e / (1 + np.e)]], rtol=1e-6)
+
+
+def test_vectors_of_an_encoder_in_half_precision_have_length_1() -> None:
+    class Rounded:
+        kept = np.array([[0.6016, 0.8008], [0.0, 0.0]])
+
+        def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+            return self.kept[: len(texts)]
+
+    got = unit_vectors(Rounded(), ["x", "no letter"])
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), [1.0, 0.0], rtol=1e-12)
+    assert Rounded.kept[0, 0] == 0.6016
 
 
 def test_kept_blocks_are_not_encoded_again(tmp_path: Any) -> None:
