@@ -15,17 +15,11 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from llmlabel.blocks import map_blocks
 from llmlabel.calibrate.provenance import shared_rows
 from llmlabel.data import require_columns
-from llmlabel.label.memory import with_labels
-from llmlabel.label.profiles import Words, check_prior
+from llmlabel.label.profiles import Words, check_prior, in_parts, label_by_words, table_of
 from llmlabel.label.retrieval import probabilities
 from llmlabel.labelspace import LabelSpace
-from llmlabel.softlabels import LABEL_COLUMNS
-
-_BLOCK = 2**26
-"""Scores of rows and labels that are held at a time."""
 
 _UPDATES, _STEPS = 2, 10
 """Updates of a label's weights, and steps of conjugate gradients in each."""
@@ -81,29 +75,16 @@ def label_linear(  # one plain choice each
     name = f"linear@{words.digest([prior, candidates, strength, labels.fingerprint])}"
     fitted: list[_Classifiers] = []
 
-    def compute(block: Dataset) -> Dataset:
+    def read(rows: Dataset) -> csr_array:
         if not fitted:  # not before a block has to be computed
             fitted.append(_fitted(words, pool, candidates, strength))
-        readable = np.flatnonzero([bool(text.strip()) for text in block["text"]])
-        probs = csr_array((len(block), len(labels)))
-        for some in _parts(readable, len(labels)):
-            rows = block.select(some)
-            ids, cosines = words.nearest(rows, candidates)
-            logits = fitted[0].logits(words.vectors_of(rows["text"][:]), ids, cosines)
-            values = probabilities(logits, 1.0, 0.0, multilabel=labels.multilabel)
-            values = np.where(cosines != 0, values, 0.0)  # nothing in common
-            at = np.repeat(some, ids.shape[1])
-            probs += csr_array((values.ravel(), (at, ids.ravel())), shape=probs.shape)
-        return with_labels(block, probs, readable, labels, name)
+        ids, cosines = words.nearest(rows, candidates)
+        logits = fitted[0].logits(words.vectors_of(rows["text"][:]), ids, cosines)
+        values = probabilities(logits, 1.0, 0.0, multilabel=labels.multilabel)
+        return table_of(ids, np.where(cosines != 0, values, 0.0), len(labels))
 
-    return map_blocks(
-        dataset,
-        compute,
-        columns=LABEL_COLUMNS,
-        key=name,
-        block_rows=block_rows,
-        output=output,
-        name="label_linear",
+    return label_by_words(
+        dataset, read, labels, name=name, step="label_linear", block_rows=block_rows, output=output
     )
 
 
@@ -137,7 +118,7 @@ def _fitted(words: Words, pool: Dataset, candidates: int, strength: float) -> _C
     rows, labels = targets.shape
     known = pool.select(words.memory.rows)
     lists = [
-        words.nearest(known.select(some), candidates) for some in _parts(np.arange(rows), labels)
+        words.nearest(known.select(some), candidates) for some in in_parts(np.arange(rows), labels)
     ]
     ids, cosines = (np.concatenate(part) for part in zip(*lists, strict=True))
     row, label = np.repeat(np.arange(rows), ids.shape[1]), ids.ravel()
@@ -209,8 +190,3 @@ def residual_weights(
         dual += change
     weights: np.ndarray = vectors.T @ dual
     return weights
-
-
-def _parts(rows: Int[np.ndarray, " rows"], labels: int) -> list[Int[np.ndarray, " some"]]:
-    step = max(1, _BLOCK // labels)
-    return [rows[start : start + step] for start in range(0, len(rows), step)]

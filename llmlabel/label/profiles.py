@@ -9,6 +9,7 @@ either part (benchmarks/results/xmc.md).
 What a pool holds with the id or the words of a row does not count for that row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,16 +139,37 @@ def label_lexical(  # noqa: PLR0913  # one plain choice each
     words = Words.read(pool, labels, prior)
     name = f"lexical@{words.digest([prior, k, scale, midpoint, labels.fingerprint])}"
 
+    def read(rows: Dataset) -> csr_array:
+        return _stored(*words.nearest(rows, k), labels, k, scale, midpoint)
+
+    return label_by_words(
+        dataset, read, labels, name=name, step="label_lexical", block_rows=block_rows, output=output
+    )
+
+
+def label_by_words(
+    dataset: Dataset,
+    read: Callable[[Dataset], csr_array],
+    labels: LabelSpace,
+    *,
+    name: str,
+    step: str,
+    block_rows: int,
+    output: Path | None,
+) -> Dataset:
+    """Adds what `read` says of rows with text, (rows, labels), a few of which it is given at a time."""
+
     def compute(block: Dataset) -> Dataset:
-        texts = block["text"][:]
-        readable = np.flatnonzero([bool(text.strip()) for text in texts])
-        probs = csr_array((len(block), len(labels)))
-        rows_at_once = max(1, _CELLS // len(labels))
-        for start in range(0, len(readable), rows_at_once):
-            some = readable[start : start + rows_at_once]
-            ids, cosines = words.nearest(block.select(some), k)
-            found = _stored(ids, cosines, labels, k, scale, midpoint).tocoo()
-            probs += csr_array((found.data, (some[found.row], found.col)), shape=probs.shape)
+        from scipy.sparse import vstack
+
+        readable = np.flatnonzero([bool(text.strip()) for text in block["text"]])
+        parts = [csr_array((0, len(labels)))]
+        parts += [read(block.select(some)) for some in in_parts(readable, len(labels))]
+        found = csr_array(vstack(parts))
+        counts = np.zeros(len(block) + 1, dtype=np.int64)
+        counts[readable + 1] = np.diff(found.indptr)
+        shape = (len(block), len(labels))
+        probs = csr_array((found.data, found.indices, counts.cumsum()), shape=shape)
         return with_labels(block, probs, readable, labels, name)
 
     return map_blocks(
@@ -157,8 +179,14 @@ def label_lexical(  # noqa: PLR0913  # one plain choice each
         key=name,
         block_rows=block_rows,
         output=output,
-        name="label_lexical",
+        name=step,
     )
+
+
+def in_parts(rows: Int[np.ndarray, " rows"], labels: int) -> list[Int[np.ndarray, " some"]]:
+    """So that scores of a part and all labels may be held."""
+    step = max(1, _CELLS // labels)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,9 +317,15 @@ def _stored(
     order = np.lexsort((ids, -cosines.round(6)), axis=1)[:, :k]
     ids, near = np.take_along_axis(ids, order, 1), np.take_along_axis(cosines, order, 1)
     values = probabilities(near, scale, midpoint, multilabel=labels.multilabel)
-    values = np.where(near != 0, values, 0.0)
+    return table_of(ids, np.where(near != 0, values, 0.0), len(labels))
+
+
+def table_of(
+    ids: Int[np.ndarray, "rows some"], values: Float[np.ndarray, "rows some"], labels: int
+) -> csr_array:
+    """(rows, labels), without zeros."""
     rows = np.repeat(np.arange(len(ids)), ids.shape[1])
-    found = csr_array((values.ravel(), (rows, ids.ravel())), shape=(len(ids), len(labels)))
+    found = csr_array((values.ravel(), (rows, ids.ravel())), shape=(len(ids), labels))
     found.eliminate_zeros()
     return found
 

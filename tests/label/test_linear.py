@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 from scipy.special import expit
 
 from llmlabel.data import with_columns
-from llmlabel.label import linear
+from llmlabel.label import profiles
 from llmlabel.label.linear import label_linear, residual_weights
 from llmlabel.label.profiles import label_lexical
 from llmlabel.labelspace import load_labels
@@ -104,7 +104,7 @@ def test_single_rows_sum_to_1_and_blocks_do_not_matter(monkeypatch: pytest.Monke
     np.testing.assert_allclose(sums, [1.0] * 7 + [0.0], atol=1e-6)
     assert expected["error"] == [None] * 7 + ["empty text"]
     assert expected["engine"][0].startswith("linear@")
-    monkeypatch.setattr(linear, "_BLOCK", 5)
+    monkeypatch.setattr(profiles, "_CELLS", 5)
     turned = pool.select(range(59, -1, -1))
     got = label_linear(asked, turned, names, candidates=3, block_rows=3)
     assert got["label_ids"] == expected["label_ids"]
