@@ -1,12 +1,13 @@
 """The 10 nearest of a million labels: how fast, how near to exact search, how much memory.
 
-    python benchmarks/label_index.py [--labels 1000000] [--vectors FILE.npz] [--graph FOLDER]
+    python benchmarks/label_index.py [--labels 1000000] [--kind texts] [--work FOLDER]
 
-Queries are vectors of MiniLM of the test titles of ../shared/data/finna_yso. Labels are made like real
-ones: the vector of one of its 4,000 label names, plus between none and all of the vector of another
-name or of a training title, plus noise of length 0.3, of length 1. `--vectors` keeps what MiniLM says
-of names and titles, `--graph` the index, for runs that only search. Prints what is in
-benchmarks/results/label_index.md.
+Queries are vectors of MiniLM of the test titles of ../shared/data/finna_yso. Labels of kind `texts` are
+subject headings of two parts as catalogues have them, `name -- other name`, of its 4,000 label names in
+pairs drawn at random, each encoded by MiniLM in bfloat16. Labels of kind `noise` need no encoder and
+are harder: the vector of a name, plus between none and all of the vector of another name or of a
+training title, plus noise of length 0.3, of length 1. `--work` keeps vectors and the graph for runs
+that only search. Prints what is in benchmarks/results/label_index.md.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import gzip
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +70,26 @@ def minilm(kept: Path | None) -> dict[str, np.ndarray]:
     return found
 
 
-def made(count: int, base: dict[str, np.ndarray], seed: int) -> np.ndarray:
+def headings(count: int, work: Path | None) -> np.ndarray:
+    """Vectors of `name -- other name`."""
+    kept = None if work is None else work / f"headings-{count}.npy"
+    if kept is not None and kept.is_file():
+        return np.load(kept)
+    names = [row["name"] for row in read("labels.jsonl.gz")]
+    pairs = np.random.default_rng(1).choice(len(names) ** 2, size=count, replace=False)
+    encoder = models.load_encoder(models.MINILM).bfloat16()
+    found = np.empty((count, encoder.get_embedding_dimension()), np.float32)
+    for start in range(0, count, 50_000):
+        some = [divmod(int(pair), len(names)) for pair in pairs[start : start + 50_000]]
+        texts = [f"{names[first]} -- {names[second]}" for first, second in some]
+        found[start : start + len(texts)] = unit_vectors(encoder, texts)
+        print(f"encoded {start + len(texts):,} of {count:,}", file=sys.stderr, flush=True)
+    if kept is not None:
+        np.save(kept, found)
+    return found
+
+
+def noise(count: int, base: dict[str, np.ndarray], seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     others = np.concatenate([base["names"], base["train"]])
     vectors = np.empty((count, others.shape[1]), np.float32)
@@ -157,22 +178,28 @@ def graph_of(labels: LabelSpace, vectors: np.ndarray, folder: Path | None) -> La
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--labels", type=int, default=1_000_000)
-    parser.add_argument("--vectors", type=Path)
-    parser.add_argument("--graph", type=Path)
+    parser.add_argument("--kind", choices=("texts", "noise"), default="texts")
+    parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     if not DATA.is_dir():
         print(f"skipped: {DATA} is not there")
         return
-    base, count = minilm(arguments.vectors), arguments.labels
-    vectors, more = made(count, base, 1), made(1000, base, 2)
+    work, count = arguments.work, arguments.labels
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    base = minilm(work and work / "minilm.npz")
+    if arguments.kind == "texts":
+        vectors, more = np.split(headings(count + 1000, work), [count])
+    else:
+        vectors, more = noise(count, base, 1), noise(1000, base, 2)
     labels, queries = space(count), base["test"][:QUERIES]
-    print(f"## {count:,} labels, {len(queries):,} queries, k = 10\n")
+    print(f"## {count:,} labels ({arguments.kind}), {len(queries):,} queries, k = 10\n")
     print("| | s | queries/s | peak memory until then, GiB |\n|---|---|---|---|")
     exact = index_of_vectors(labels, vectors, encoder="made", search="exact")
     (best, near), seconds = timed("exact", lambda: exact.search(queries[:EXACT], k=10), EXACT)
     (hundred, _), _ = timed("exact, k = 100", lambda: exact.search(queries[:EXACT], k=100), EXACT)
     by_faiss(vectors, queries[:EXACT])
-    graph = graph_of(labels, vectors, arguments.graph)
+    graph = graph_of(labels, vectors, work and work / f"graph-{arguments.kind}-{count}")
     said = []
     for width in (32, 64, 128, 256):
         module.SEARCH = width

@@ -296,8 +296,9 @@ def _shift(scores: Tensor, counts: Tensor) -> Tensor:
     """Shift t of sum s(scores + t) = K in each row, by bisection; its gradient by implicit derivation."""
     best = scores.detach().topk(int(counts.max()) + 1, dim=1).values
     others = (scores > -torch.inf).sum(dim=1) - counts
-    low = -best.gather(1, counts[:, None] - 1) - others[:, None].clamp(min=1).log()
-    high = counts[:, None].log() - best.gather(1, counts[:, None])
+    least = others[:, None].clamp(min=1).to(best.dtype).log()
+    low = -best.gather(1, counts[:, None] - 1) - least
+    high = counts[:, None].to(best.dtype).log() - best.gather(1, counts[:, None])
     for _ in range(64):
         middle = (low + high) / 2
         found = (scores.detach() + middle).sigmoid().sum(dim=1, keepdim=True)

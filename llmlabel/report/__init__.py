@@ -27,6 +27,7 @@ from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
 from llmlabel.report.measure import values_of
 from llmlabel.report.memorised import memorised, most_suspicious
+from llmlabel.report.ranking import MAIN, ranking
 from llmlabel.report.sets import fitted, monitored, prediction_sets
 from llmlabel.report.taxonomy import costs, hierarchy, rounds
 from llmlabel.report.voters import who_voted
@@ -56,6 +57,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
     model: Path | None = None,
     taxonomy: Taxonomy | list[dict[str, Any]] | None = None,
     suspects: Dataset | None = None,
+    training: Dataset | None = None,
     slices: tuple[Slice, ...] | None = None,
     drift: Drift | None = None,
     shift: Exchangeability | None = None,
@@ -80,6 +82,8 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
         taxonomy: How the labels were found, or its `history`; every round is shown.
         suspects: What `llmlabel.train.memorisation.find_memorised` gave of the training rows; gold,
             where they have it, measures only how often the suspicion is right.
+        training: Rows with `gold` that models learned from, for a section on how good rankings are:
+            their counts give the propensities and the tenths of labels from frequent to rare.
         slices: What `llmlabel.calibrate.diagnostics.worst_slices` found, shown with the sets.
         drift: What `llmlabel.calibrate.drift.monitor_drift` saw, shown with the sets.
         shift: What `llmlabel.calibrate.exchangeability.check_exchangeability` found, shown with the
@@ -130,6 +134,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
             ("hierarchy", hierarchy(run)),
             ("costs", costs(run, report["sources"])),
             ("voters", who_voted(run)),
+            ("ranking", ranking(run, training)),
             ("taxonomy", rounds(taxonomy)),
             ("memorised", memorised(suspects, labels)),
         )
@@ -167,6 +172,8 @@ def _summary(run: measure.Run, report: dict[str, Any]) -> dict[str, Any]:
     for name, scores in report.get("hierarchy", {}).get("sources", {}).items():
         if "f1" in scores:
             summary[f"hierarchical_f1 of {name}"] = scores["f1"]
+    ranks = report.get("ranking", {}).get("sources", {}).get(run.student, {})
+    summary |= {key: ranks[key] for key in MAIN if key in ranks}
     for key in (
         *("target", "coverage", "promised_low", "promised_high"),
         *("mean_set_size", "empty_sets", "rows_for_a_human"),

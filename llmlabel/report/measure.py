@@ -205,6 +205,13 @@ def names_of(labels: LabelSpace) -> list[str]:
     return [name if times[name] == 1 else f"{name} ({id})" for name, id in pairs]
 
 
+def gold_lists(run: Run) -> list[list[int]]:
+    """The true labels of each row whose gold is known; an empty list: none of them."""
+    if run.labels.multilabel:
+        return [np.flatnonzero(true).tolist() for true in run.gold]
+    return [[true] if true >= 0 else [] for true in run.gold.tolist()]
+
+
 def _indicator(
     gold: Int[np.ndarray, " rows"] | Bool[np.ndarray, "rows labels"], labels: LabelSpace
 ) -> Bool[np.ndarray, "rows labels"]:

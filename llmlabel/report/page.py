@@ -8,7 +8,7 @@ import numpy as np
 
 from llmlabel.labelspace.show import tree_html
 from llmlabel.refine.votes import FEW
-from llmlabel.report import matrices, plots
+from llmlabel.report import matrices, plots, ranking
 from llmlabel.report import sets as prediction_sets
 from llmlabel.report.measure import Run, names_of
 from llmlabel.report.taxonomy import score_series
@@ -73,6 +73,8 @@ def render(
             hierarchy=report.get("hierarchy"),
             tree=_tree(run, report),
             costs=report.get("costs"),
+            ranking=report.get("ranking"),
+            occurrences=ranking.occurrences,
             voters=report.get("voters"),
             few=FEW,
             few_compared=prediction_sets.FEW,
@@ -228,6 +230,7 @@ def _figures(run: Run, report: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     figures |= {("confusion", name): _confusion(one) for name, one in report["confusions"].items()}
     for table, voters in report.get("voters", {}).items():
         figures |= _voters(table, voters)
+    figures |= ranking.figures(run, report.get("ranking"))
     figures |= _shares(run, report)
     figures |= _taxonomy(run, report)
     return {name: {"wide": False, **figure} for name, figure in figures.items()}

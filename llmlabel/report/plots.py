@@ -79,7 +79,7 @@ def accuracies(rows: Sequence[Row], *, quantity: str) -> str:
             axes.text(1, y - 0.3, text, transform=edge, color=color, weight=weight, ha="right")
         axes.set_yticks([])
         axes.spines[["left"]].set_visible(False)
-        _percent(axes.xaxis)
+        percent_axis(axes.xaxis)
         axes.set_xlabel(quantity)
 
     return svg(draw, width=4.6, height=0.55 + 0.52 * len(rows))
@@ -115,8 +115,8 @@ def reliability(
             )
         axes.set(xlim=(0, 1.04), ylim=(0, 1.04), xlabel="mean confidence", ylabel="share correct")
         axes.grid(visible=True)
-        _percent(axes.xaxis, step=0.25)
-        _percent(axes.yaxis, step=0.25)
+        percent_axis(axes.xaxis, step=0.25)
+        percent_axis(axes.yaxis, step=0.25)
 
     return svg(draw, width=3.7, height=3.4)
 
@@ -139,8 +139,8 @@ def risk_coverage(kept: Float[np.ndarray, " points"], risk: Float[np.ndarray, " 
         axes.set(xlim=(0, 1), ylim=(0, min(top, 1.0)))
         axes.set(xlabel="rows kept, most confident first", ylabel="share wrong among them")
         axes.grid(visible=True)
-        _percent(axes.xaxis, step=0.25)
-        _percent(axes.yaxis)
+        percent_axis(axes.xaxis, step=0.25)
+        percent_axis(axes.yaxis)
 
     return svg(draw, width=3.7, height=3.4)
 
@@ -181,7 +181,7 @@ def coverage(
         )
         axes.set_yticks([])
         axes.spines[["left"]].set_visible(False)
-        _percent(axes.xaxis)
+        percent_axis(axes.xaxis)
         axes.set_xlabel("rows whose set holds the true label")
 
     return svg(draw, width=3.7, height=1.55)
@@ -277,7 +277,7 @@ def costs(points: Sequence[tuple[str, float, float, bool]], *, quantity: str) ->
         axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
         axes.set(xlabel="prompt tokens a row", ylabel=quantity)
         axes.grid(visible=True)
-        _percent(axes.yaxis)
+        percent_axis(axes.yaxis)
 
     return svg(draw, width=4.6, height=3.0)
 
@@ -315,7 +315,7 @@ def windows(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(visible=True)
         if expected is not None:
-            _percent(axes.yaxis)
+            percent_axis(axes.yaxis)
 
     return svg(draw, width=3.7, height=2.3)
 
@@ -378,7 +378,8 @@ def _interval(axes: Any, y: float, measured: Measured, color: str, *, hollow: bo
     )
 
 
-def _percent(axis: Any, *, step: float | None = None) -> None:
+def percent_axis(axis: Any, *, step: float | None = None) -> None:
+    """Its values are shares."""
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     axis.set_major_locator(MultipleLocator(step) if step else MaxNLocator(6))

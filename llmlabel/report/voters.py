@@ -12,7 +12,7 @@ from llmlabel.data import with_columns
 from llmlabel.label.weak import measure_functions
 from llmlabel.refine.annotators import AnnotatorReport, measure_annotators
 from llmlabel.refine.votes import FEW, Votes, read_votes
-from llmlabel.report.measure import MOST_LABELS, Run, answers, confused
+from llmlabel.report.measure import MOST_LABELS, Run, answers, confused, gold_lists
 
 MOST_VOTERS = 20
 """So many voters are shown one by one, those that vote most; the rest is summed."""
@@ -175,11 +175,7 @@ def _measure(run: Run, cast: _Cast) -> dict[str, Any]:
 
 def _gold(run: Run, rows: _Rows) -> list[list[int] | None]:
     """The gold that the report has, which is of measured rows only."""
-    if run.labels.multilabel:
-        known = [np.flatnonzero(true).tolist() for true in run.gold]
-    else:
-        known = [[true] if true >= 0 else [] for true in run.gold.tolist()]
-    of = dict(zip(run.rows.tolist(), known, strict=True))
+    of = dict(zip(run.rows.tolist(), gold_lists(run), strict=True))
     return [of.get(row) for row in rows.tolist()]
 
 

@@ -1,0 +1,92 @@
+"""The soft top-k from one pass: what the highest scores and sums of powers of the others leave."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmlabel.loss import soft_topk
+from llmlabel.loss.retrieval import Relevance, dense_retrieval_loss, retrieval_loss
+
+ROWS = 5
+
+
+def scores_of(kind: str, labels: int, seed: int) -> np.ndarray:
+    """Per label, before the temperature: 5 rows, each another multiple of them."""
+    rng = np.random.default_rng(seed)
+    return {
+        "narrow": lambda: rng.normal(0, 0.3, labels),
+        "wide": lambda: rng.normal(0, 4.0, labels),
+        "equal": lambda: np.full(labels, 0.7),
+        "ties": lambda: rng.integers(0, 3, labels).astype(float),
+        "rising": lambda: np.sort(rng.normal(0, 2.0, labels)),
+        "falling": lambda: -np.sort(rng.normal(0, 2.0, labels)),
+        "tail": lambda: rng.standard_t(2, labels).clip(-30, 30),
+        "apart": lambda: np.where(np.arange(labels) % (labels // 7) == 0, 20.0, -20.0),
+    }[kind]()
+
+
+def case(kind: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Relevance]:
+    labels = 200 + 37 * seed
+    texts = torch.linspace(0.5, 1.5, ROWS, dtype=dtype)[:, None].requires_grad_()
+    pool = torch.from_numpy(scores_of(kind, labels, seed))[:, None].to(dtype).requires_grad_()
+    first = np.arange(ROWS) * 7 + seed
+    ids = np.stack([first, first + 50, first + 100], axis=1).ravel()  # the last one is left out
+    values = torch.tensor([1.0, 0.5, 0.0] * ROWS, dtype=dtype)
+    return texts, pool, Relevance(torch.arange(ROWS + 1) * 3, torch.from_numpy(ids), values)
+
+
+def with_gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    weights = torch.arange(1.0, ROWS + 1, dtype=loss.dtype)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
+
+
+KINDS = ["narrow", "wide", "equal", "ties", "rising", "falling", "tail", "apart"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_labels_equal_the_dense_loss(kind: str, seed: int) -> None:
+    k = torch.tensor([1, 2, 5, 9, 30])
+    texts, pool, relevance = case(kind, torch.float64, seed)
+    dense = dense_retrieval_loss(texts @ pool.T, relevance, loss="soft_topk", k=k)
+    expected = with_gradients(dense, texts, pool)
+    for block in (64, 10_000):
+        found = retrieval_loss(
+            texts, pool, relevance, loss="soft_topk", k=k, temperature=1.0, block=block
+        )
+        for got, want in zip(with_gradients(found, texts, pool), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+    texts, pool, relevance = case(kind, torch.float32, seed)
+    found = retrieval_loss(texts, pool, relevance, loss="soft_topk", k=k, temperature=1.0, block=64)
+    for got, want in zip(with_gradients(found, texts, pool), expected, strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5 * max(scale, 1.0))
+
+
+def test_one_pass_is_enough_where_few_labels_stand_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    again = soft_topk._sums
+    monkeypatch.setattr(soft_topk, "_sums", lambda *given: passes.append(1) or again(*given))
+    settings: dict[str, Any] = {"loss": "soft_topk", "temperature": 1.0, "block": 500}
+    for kind in ("wide", "tail", "apart", "equal"):
+        retrieval_loss(*case(kind, torch.float32, 40), **settings)
+    assert not passes
+    retrieval_loss(*case("narrow", torch.float32, 40), k=800, **settings)
+    assert 1 <= len(passes) <= 3  # half of all labels, close to each other: all are read again
+
+
+@pytest.mark.parametrize("odds", [0.01, 0.3, 1.0, 5.0])
+def test_the_bound_of_what_the_nodes_are_off_by(odds: float) -> None:
+    """Of the sigmoids of single scores below the least kept one, and of their slopes."""
+    v = torch.linspace(0, 1, 101, dtype=torch.float64)
+    powers = torch.stack([v**power for power in range(1, soft_topk.POWERS + 1)])
+    nodes, weights = soft_topk._nodes(powers)
+    bound = soft_topk._off(torch.tensor(odds), v)
+    for function in (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)):
+        found = weights.T @ function((odds * nodes).log())
+        off = (found - function((odds * v).log())).abs()
+        assert (off <= bound + 1e-12).all()
+        assert off.max() > 1e-3 * bound.max() or bound.max() < 1e-9
