@@ -140,7 +140,8 @@ def label_lexical(  # noqa: PLR0913  # one plain choice each
     name = f"lexical@{words.digest([prior, k, scale, midpoint, labels.fingerprint])}"
 
     def read(rows: Dataset) -> csr_array:
-        return _stored(*words.nearest(rows, k), labels, k, scale, midpoint)
+        vectors = words.vectors_of(rows["text"][:])
+        return _stored(*words.nearest(rows, vectors, k), labels, k, scale, midpoint)
 
     return label_by_words(
         dataset, read, labels, name=name, step="label_lexical", block_rows=block_rows, output=output
@@ -206,10 +207,9 @@ class Words:
 
         require_columns(pool, "id", "text", "gold")
         known = with_gold(pool)
-        texts = known["text"][:]
+        texts, ids = known["text"][:], known["id"][:]
         rows = sorted(
-            (row for row, text in enumerate(texts) if text.strip()),
-            key=lambda row: str(known["id"][row]),
+            (row for row, text in enumerate(texts) if text.strip()), key=lambda row: str(ids[row])
         )
         if not rows:
             raise ValueError("no pool row has text and gold; give labelled training rows")
@@ -221,10 +221,8 @@ class Words:
                 analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, dtype=np.float32
             ),
         )
-        for vectorizer in features:
-            vectorizer.fit([*texts, *names])
-        gold = label_csr(some, labels)
-        vectors = _vectors(texts, features)
+        both = _joined([vectorizer.fit_transform([*texts, *names]) for vectorizer in features])
+        vectors, gold = both[: len(texts)], label_csr(some, labels)
         memory = Memory(
             [str(id) for id in some["id"][:]],
             [text_key(text) for text in texts],
@@ -232,7 +230,7 @@ class Words:
             gold,
             np.array(rows),
         )
-        sums = csr_array(gold.T @ vectors + prior * _vectors(names, features))
+        sums = csr_array(gold.T @ vectors + prior * both[len(texts) :])
         return cls(memory, texts, features, vectors, sums)
 
     @cached_property
@@ -251,14 +249,16 @@ class Words:
 
     def vectors_of(self, texts: list[str]) -> csr_array:
         """TF-IDF of length 1, or 0 where nothing is known."""
-        return _vectors(texts, self.features)
+        return _joined([some.transform(texts) for some in self.features])
 
     def nearest(
-        self, rows: Dataset, k: int
+        self, rows: Dataset, vectors: csr_array, k: int
     ) -> tuple[Int[np.ndarray, "rows some"], Float[np.ndarray, "rows some"]]:
-        """At least the `k` nearest labels of each row, without what is the row itself."""
+        """At least the `k` nearest labels of each row, without what is the row itself.
+
+        `vectors` are those of the texts of the rows.
+        """
         texts = rows["text"][:]
-        vectors = self.vectors_of(texts)
         scores = (vectors @ self.profiles).toarray()
         for row, entries in enumerate(self.memory.itself(rows)):
             if not entries:
@@ -287,10 +287,11 @@ class Words:
         return ids, np.take_along_axis(scores, ids, axis=1)
 
 
-def _vectors(texts: list[str], features: tuple[Any, ...]) -> csr_array:
+def _joined(parts: list[Any]) -> csr_array:
+    """Side by side, rows of length 1."""
     from scipy.sparse import hstack
 
-    return _normalised(csr_array(hstack([some.transform(texts) for some in features])))
+    return _normalised(csr_array(hstack(parts)))
 
 
 def _normalised(vectors: csr_array) -> csr_array:

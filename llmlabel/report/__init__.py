@@ -27,7 +27,7 @@ from llmlabel.labelspace import LabelSpace
 from llmlabel.report import measure, page
 from llmlabel.report.measure import values_of
 from llmlabel.report.memorised import memorised, most_suspicious
-from llmlabel.report.ranking import MAIN, ranking
+from llmlabel.report.ranking import MAIN, rankings
 from llmlabel.report.sets import fitted, monitored, prediction_sets
 from llmlabel.report.taxonomy import costs, hierarchy, rounds
 from llmlabel.report.voters import who_voted
@@ -37,6 +37,9 @@ LOW_MARGIN = 0.2
 """Below this a row's margin is named as a reason to look at it."""
 
 TEXT_CHARACTERS = 240
+
+MOST_ANSWERS = 4
+"""So many different answers to a row are told, the most frequent first."""
 
 _PACKAGES = (
     *("llmlabel", "numpy", "scipy", "scikit-learn", "torch", "transformers", "peft", "accelerate"),
@@ -134,7 +137,7 @@ def write_report(  # noqa: PLR0913 - each argument is one choice of the person w
             ("hierarchy", hierarchy(run)),
             ("costs", costs(run, report["sources"])),
             ("voters", who_voted(run)),
-            ("ranking", ranking(run, training)),
+            ("ranking", rankings(run, training)),
             ("taxonomy", rounds(taxonomy)),
             ("memorised", memorised(suspects, labels)),
         )
@@ -207,8 +210,11 @@ def _review(run: measure.Run, rows: int) -> list[dict[str, Any]]:
         ]
         said = Counter(answers[name][row] for name in voters if answers[name][row] is not None)
         if len(said) > 1:
-            votes = [f"{_listed(ids, names)} {n}" for ids, n in said.most_common()]
-            why.append(f"sources disagree ({', '.join(votes)})")
+            most = said.most_common(MOST_ANSWERS)
+            votes = [f"{_listed(ids, names)} ({n})" for ids, n in most]
+            if len(said) > MOST_ANSWERS:
+                votes.append(f"other answers ({said.total() - sum(n for _, n in most)})")
+            why.append(f"sources disagree: {', '.join(votes)}")
         if run.sets is not None and len(run.sets[row]) != 1:
             size = len(run.sets[row])
             why.append(f"large set ({size} labels)" if size else "empty set")
@@ -251,7 +257,9 @@ def _gold_names(gold: Any, names: list[str]) -> list[str]:
 
 
 def _listed(ids: tuple[int, ...], names: list[str]) -> str:
-    return " + ".join(_short(names[id], 30) for id in ids) or "none"
+    more = [f"{len(ids) - 3} more"] * (len(ids) > 4)
+    shown = ids[: 3 if more else None]
+    return " + ".join([*(_short(names[id], 30) for id in shown), *more]) or "none"
 
 
 def _short(text: str, characters: int) -> str:

@@ -194,7 +194,7 @@ def _lines(
     most = np.argsort(-share, kind="stable")[:MOST_LABELS]
     groups = np.full(len(labels), MOST_LABELS)
     groups[most] = np.arange(MOST_LABELS)
-    rest = f"{len(labels) - MOST_LABELS} other labels"
+    rest = f"{len(labels) - MOST_LABELS:,} other labels"
     return groups, [*(names[label] for label in most), rest]
 
 
@@ -243,14 +243,14 @@ def measure(run: Run, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"before": run.befores.get(name), "gold_rows": len(run.rows)}
     if not len(run.rows):
         return result
-    probs, gold = _dense(run, name), run.gold
+    gold = run.gold
     if run.labels.multilabel:
-        said = probs >= 0.5
+        said = (run.soft[name].probs[run.rows] >= 0.5).toarray()
         return result | {
             "micro_f1": metrics.micro_f1(said, gold),
             "macro_f1": metrics.macro_f1_multilabel(said, gold),
         }
-    answered = _answer_probs(run, name)
+    probs, answered = _dense(run, name), _answer_probs(run, name)
     said = metrics.predicted(answered)
     accuracy = metrics.accuracy(answered, gold)
     low, high = metrics.binomial_interval(round(accuracy * len(gold)), len(gold))

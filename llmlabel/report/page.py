@@ -75,6 +75,7 @@ def render(
             costs=report.get("costs"),
             ranking=report.get("ranking"),
             occurrences=ranking.occurrences,
+            few_true=ranking.FEW,
             voters=report.get("voters"),
             few=FEW,
             few_compared=prediction_sets.FEW,
@@ -100,6 +101,11 @@ def _headline(run: Run, report: dict[str, Any]) -> list[tuple[str, bool]]:
     parts = [(f"Of {rows}, {run.student} labels ", False)]
     if "accuracy" in numbers:
         parts += [(percent(numbers["accuracy"]), True), (" right", False)]
+    elif "ranking" in report and run.labels.multilabel and len(run.rows):
+        ranks = report["ranking"]["sources"][run.student]
+        parts = [(f"Of {rows}, {run.student} has a true label first in ", False)]
+        parts += [(percent(ranks["P@1"]), True), ("; of its first five labels, ", False)]
+        parts += [(percent(ranks["P@5"]), True), (" are true", False)]
     elif "micro_f1" in numbers:
         parts += [("with a micro F1 of ", False), (percent(numbers["micro_f1"]), True)]
     else:
@@ -336,17 +342,21 @@ def _shares(run: Run, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     bias = report["label_bias"]
     gold = None if bias["gold"] is None else np.array(bias["gold"])
     shares = {name: np.array(values) for name, values in bias["sources"].items()}
+    names = bias["labels"]
+    if run.left_out:  # all others together would dwarf the rest
+        names, gold = names[:-1], None if gold is None else gold[:-1]
+        shares = {name: values[:-1] for name, values in shares.items()}
     limit = max(
         [float(values.max()) for values in shares.values()]
         + ([] if gold is None else [float(gold.max())])
     )
     return {
         f"bias of {name}": {
-            "src": plots.shares(values, gold, names=bias["labels"], limit=limit or 1.0),
+            "src": plots.shares(values, gold, names=names, limit=limit or 1.0),
             "alt": f"Mean share of each label, {name}: "
             + ", ".join(
                 f"{label} {percent(share)}"
-                for label, share in zip(bias["labels"], values.tolist(), strict=True)
+                for label, share in zip(names, values.tolist(), strict=True)
             ),
         }
         for name, values in shares.items()

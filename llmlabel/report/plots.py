@@ -202,8 +202,7 @@ def set_sizes(rows: Int[np.ndarray, " sizes"]) -> str:
         axes.set_yticks([])
         axes.tick_params(axis="x", length=0)
         axes.spines[["left"]].set_visible(False)
-        axes.margins(y=0.12)
-        axes.set_xlabel("labels in the set")
+        axes.set(ymargin=0.12, xlabel="labels in the set")
 
     return svg(draw, width=3.7, height=2.3)
 
@@ -216,6 +215,7 @@ def shares(
     limit: float,
 ) -> str:
     """A bar for the mean share a source gives to each label, a tick for the share in the gold rows."""
+    places = max(0, int(np.ceil(-np.log10(limit))) - 1)  # rare labels have small shares
 
     def draw(axes: Any) -> None:
         at = np.arange(len(names))
@@ -225,7 +225,7 @@ def shares(
         for y, share in enumerate(predicted):
             right = max(share, gold[y] if gold is not None else 0.0)
             axes.annotate(
-                f"{100 * share:.0f} %",
+                f"{100 * share:.{places}f} %",
                 (right, y),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -287,9 +287,7 @@ def scores(series: Sequence[Sequence[float]]) -> str:
 
     def draw(axes: Any) -> None:
         for line in series:
-            axes.plot(
-                range(1, len(line) + 1), line, color=ACCENT, alpha=0.75, lw=1.4, marker="o", ms=3.5
-            )
+            axes.plot(range(1, len(line) + 1), line, "o-", color=ACCENT, alpha=0.75, lw=1.4, ms=3.5)
         axes.set(ylim=(-2, 102), xlabel="rating", ylabel="score")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(visible=True)

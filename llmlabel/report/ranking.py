@@ -1,5 +1,6 @@
 """The section of a report on rankings: whether true labels come first, and if rare ones do too."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,17 @@ MAIN = ("P@1", f"P@{KS[-1]}", f"nDCG@{KS[-1]}", f"PSP@{KS[-1]}", "R@stored")
 
 _READ = ("id", "label_ids", "label_probs", "label_space", "excluded_ids")
 
-_DASHES = ((), (5, 2), (1, 1.5), (7, 2, 1, 2))
-_MARKERS = "osD^vP"
+FEW = 20
+"""A group with fewer true labels in the measured rows is not drawn."""
+
+NEVER = "none"
+
+_WIDTH = 8.2
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = "sD^vPX"
 
 
-def ranking(run: Run, training: Dataset | None) -> dict[str, Any] | None:
+def rankings(run: Run, training: Dataset | None) -> dict[str, Any] | None:
     """`measure_ranking` of every source, and the recall of labels by how often `training` has them.
 
     Groups of `frequency_groups` without a label are left out; without gold to measure, all numbers.
@@ -84,34 +91,26 @@ def _tenths(
 def occurrences(tenth: dict[str, Any]) -> str:
     """How many training rows a label of the tenth has."""
     if tenth["group"] == "zero-shot":
-        return "none"
+        return NEVER
     least, most = f"{tenth['least']:,}", f"{tenth['most']:,}"
     return least if least == most else f"{most} to {least}"
 
 
 def figures(run: Run, found: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """A line for each source over the tenths of labels; sources before bias correction have none."""
-    if found is None or not found["tenths"]:
+    tenths = [tenth for tenth in found["tenths"] if tenth["gold"] >= FEW] if found else []
+    groups = [occurrences(tenth) for tenth in tenths]
+    if found is None or groups in ([], [NEVER]):
         return {}
     names = [name for name in run.tables if name not in run.befores.values()] or list(run.tables)
-    tenths, recall = found["tenths"], f"R@{found['k']}"
-    shares = {
-        name: [one["sources"][name][recall] if one["gold"] else np.nan for one in tenths]
-        for name in names
-    }
-    said = [
-        f"{name}: {', '.join(percent(share) for share in line)}" for name, line in shares.items()
-    ]
-    groups = [occurrences(tenth) for tenth in tenths]
+    recall = f"R@{found['k']}"
+    shares = {name: [one["sources"][name][recall] for one in tenths] for name in names}
+    said = [f"{name} {', '.join(map(percent, line))}" for name, line in shares.items()]
+    quantity = f"true labels among the first {found['k']}"
     return {
         "ranking": {
-            "src": by_frequency(
-                shares,
-                groups,
-                accent=run.student,
-                quantity=f"true labels among the first {found['k']}",
-            ),
-            "alt": f"{recall} by training rows of a label, {'; '.join(groups)}. {'; '.join(said)}.",
+            "src": by_frequency(shares, groups, accent=run.student, quantity=quantity),
+            "alt": f"{recall} by training rows of a label ({', '.join(groups)}): {'; '.join(said)}.",
             "wide": True,
         }
     }
@@ -120,60 +119,54 @@ def figures(run: Run, found: dict[str, Any] | None) -> dict[str, dict[str, Any]]
 def by_frequency(
     shares: dict[str, list[float]], groups: Sequence[str], *, accent: str, quantity: str
 ) -> str:
-    """A line for each name over the groups, the last apart where it is "none"; NaN is not drawn."""
-    unseen = groups[-1] == "none"
-    at = np.arange(len(groups)) + np.where(np.arange(len(groups)) == len(groups) - 1, 0.3, 0)
-    height = 2.6 + 0.1 * max(len(shares), 6)
-    top = 1.08 * max(0.05, np.nanmax([*shares.values(), [0.0] * len(groups)]))
+    """A line for each name over the groups, and dots for `NEVER`, which is the last where it is there."""
+    names, seen = drawables(list(shares), "source"), len(groups) - (NEVER in groups)
+    height, beside = 2.3 + 0.16 * max(len(names), 6), 0.5 + 0.08 * max(map(len, names))
+    unit = (_WIDTH - 0.8 - beside) / (len(groups) + 0.5)  # inches from one group to the next
+    at = np.arange(len(groups)) + np.where(np.arange(len(groups)) == seen, beside / unit - 0.2, 0.0)
+    top = 1.08 * max(0.05, *itertools.chain(*shares.values()))
+    places = _spread([line[seen - 1] for line in shares.values()], 0.17 * top / (height - 0.9), top)
 
     def draw(axes: Any) -> None:
-        seen = len(groups) - unseen
-        if unseen and seen:
-            axes.axvline(at[seen] - 0.65, color=RULE, linewidth=1.0)
-        ends = _spread([_last(line) for line in shares.values()], 0.2 * top / (height - 1), top)
+        axes.set(xlim=(-0.3, at[0] + (len(groups) - 0.5) + beside / unit), ylim=(0, top))
+        axes.set_ylabel(quantity)
+        percent_axis(axes.yaxis)
+        sides = [(-0.3, seen - 0.7), (at[-1] - 0.5, at[-1] + 0.5)]
+        for left, right in sides[: 1 + (seen < len(groups))]:
+            axes.hlines(axes.get_yticks(), left, right, color=RULE, linewidth=0.6, zorder=0)
         for number, (name, line) in enumerate(shares.items()):
             main = name == accent
-            look = {
-                "color": ACCENT if main else (INK, MUTED)[number % 2],
-                "marker": "o" if main else _MARKERS[number % len(_MARKERS)],
-                "markersize": 5 if main else 3.8,
-                "linewidth": 2 if main else 1.1,
-                "zorder": 3 if main else 2,
-                "clip_on": False,
-            }
-            dashes = (None, None) if main else _DASHES[number % len(_DASHES)] or (None, None)
-            axes.plot(at[:seen], line[:seen], dashes=dashes, **look)
-            axes.plot(at[seen:], line[seen:], **look)
+            look = {"color": ACCENT if main else (INK, MUTED)[number % 2], "zorder": 2 + main}
+            marker = "o" if main else _MARKERS[number % len(_MARKERS)]
+            look |= {"marker": marker, "markersize": 5 if main else 3.8}
+            dashes = "-" if main else _DASHES[number % len(_DASHES)]
+            axes.plot(at[:seen], line[:seen], dashes, lw=2 if main else 1.1, **look)
+            if seen < len(groups):
+                aside = 0.8 * ((number + 0.5) / len(names) - 0.5)  # else one dot hides the others
+                axes.plot(at[seen] + aside, line[seen], clip_on=False, **look)
             axes.annotate(
-                drawables(list(shares), "source")[number],
-                (at[-1], _last(line)),
-                (at[-1] + 0.45, ends[number]),
+                names[number],
+                (seen - 1, line[seen - 1]),
+                (seen - 1 + 0.35 / unit, places[number]),
                 va="center",
                 color=look["color"],
                 weight="bold" if main else "normal",
                 arrowprops={"arrowstyle": "-", "color": look["color"], "lw": 0.5, "shrinkB": 4},
-                annotation_clip=False,
             )
-        axes.set(xlim=(-0.3, at[-1] + 0.15), ylim=(0, top), ylabel=quantity)
         axes.set_xticks(at, [group.replace(" to ", "\nto ") for group in groups])
-        axes.set_xlabel("training rows of a label")
-        axes.grid(visible=True, axis="y")
-        percent_axis(axes.yaxis)
+        axes.set_xlabel("training rows of a label", loc="left")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
 
-    return svg(draw, width=8.2, height=height)
-
-
-def _last(line: list[float]) -> float:
-    known = [share for share in line if not np.isnan(share)]
-    return known[-1] if known else 0.0
+    return svg(draw, width=_WIDTH, height=height)
 
 
 def _spread(values: list[float], gap: float, top: float) -> list[float]:
-    """Where names stand beside the values, as near as they can without covering each other."""
-    order, places = np.argsort(values, kind="stable").tolist(), list(values)
-    for low, high in zip(order, order[1:], strict=False):
-        places[high] = max(places[high], places[low] + gap)
-    above = top + gap
-    for one in reversed(order):
-        places[one] = above = min(places[one], above - gap)
-    return places
+    """Where names stand beside the values, around them, without covering each other."""
+    order = np.argsort(values, kind="stable")
+    steps, wanted = gap * np.arange(len(values)), np.array(values)[order]
+    up = np.maximum.accumulate(wanted - steps)
+    down = np.minimum.accumulate((wanted - steps)[::-1])[::-1]
+    places = np.empty(len(values))
+    places[order] = np.clip((up + down) / 2, 0, top - steps[-1]) + steps
+    return places.tolist()

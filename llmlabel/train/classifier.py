@@ -213,14 +213,15 @@ def predict(
     name = f"student:{models.model_name(card['model'])}:{labels.fingerprint[:8]}"
 
     def compute(block: Dataset) -> Dataset:
-        tokens = [tokenizer(text, verbose=False).input_ids for text in block["text"]]
+        texts = block["text"][:]
+        tokens = [tokenizer(text, verbose=False).input_ids for text in texts]
         errors = [
             "empty text" if not text.strip() else cut_message(len(ids), limit)
-            for text, ids in zip(block["text"], tokens, strict=True)
+            for text, ids in zip(texts, tokens, strict=True)
         ]
         kept = [i for i, error in enumerate(errors) if error != "empty text"]
         cut = [
-            tokenizer(block["text"][i], truncation=True, max_length=limit).input_ids
+            tokenizer(texts[i], truncation=True, max_length=limit).input_ids
             if len(tokens[i]) > limit
             else tokens[i]
             for i in kept

@@ -144,3 +144,7 @@ def test_of_many_labels_the_most_frequent_are_shown_and_the_rest_summed(tmp_path
     assert report["confusion"]["gold"][-1] == "40 other labels"
     assert "The 20 most frequent labels are shown, the 40 others are summed" in html
     assert sum(report["label_bias"]["gold"]) == pytest.approx(1)
+    bars = html.split('alt="Mean share of each label, student: ')[1].split('"')[0]
+    assert "class 0 17.0" in bars
+    assert "other labels" not in bars  # together they would dwarf the rest
+    assert "40 other labels 50.5 % 51.5 %" in section(html, "bias")

@@ -52,10 +52,24 @@ def test_review_is_ranked_by_margin_and_disagreement_over_all_rows(tmp_path: Pat
     shown = section(html, "review")
     assert (
         "t3 score 1.90 error of corrected: text cut: 300 tokens · "
-        "sources disagree (beta 1, alpha 1) · empty set · low margin (0.10)"
+        "sources disagree: beta (1), alpha (1) · empty set · low margin (0.10)"
     ) in shown
     assert "alpha 0.50 gamma 0.40 beta 0.10 set: empty · true: gamma" in shown
     assert "alpha 0.50 beta 0.40 gamma 0.10 set: alpha t1" in shown  # r5, whose gold is not shown
+
+
+def test_long_answers_are_cut(tmp_path: Path) -> None:
+    labels = load_labels(list("abcdefg"), multilabel=True)
+    sizes = [7, 5, 4, 0, 1, 2]
+    said = {f"s{size}": [[0.9] * size + [0.0] * (7 - size)] * 6 for size in sizes}
+    sources = {name: table(probs, labels) for name, probs in said.items()}
+    settings = {"labels": labels, "conformal": None, "split": None, "review_rows": 1}
+    _, html = report_of(tmp_path, {**sources, "student": sources["s4"]}, **settings)
+    assert (
+        "sources disagree: a + b + c + d (2), a + b + c + 4 more (1), a + b + c + 2 more (1), "
+        "a (1), other answers (1)"
+    ) in section(html, "review")
+    assert "there is no first answer whose confidence" in section(html, "probabilities")
 
 
 def test_gold_plays_no_part_in_the_ranking(tmp_path: Path) -> None:
