@@ -35,5 +35,7 @@ def test_a_minute_of_a_recipe(name: str, tmp_path: Path) -> None:
         fused, alone = scores["fused"], [scores[n] for n in ("profiles", "memory", "linear")]
         assert fused["P@5"] > max(found["P@5"] for found in alone)
         assert fused["P@1"] > 0.4
+        shown = results["report"]["ranking"]["sources"]["Fused"]
+        assert shown["P@5"] == pytest.approx(fused["P@5"])
     else:
         assert scores["student"]["R@stored"] > 0.5
