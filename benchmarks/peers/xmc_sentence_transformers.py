@@ -7,7 +7,8 @@ scikit-learn==1.9.1
     python xmc_sentence_transformers.py JOB.json      job: `max_length` in tokens, `bf16`
 
 CachedMultipleNegativesRankingLoss as its manual has it: cosine times 20, batches of 128 without
-repeated texts, warm-up of a tenth; in float32, as is its default, or with `bf16=True`. It knows one positive a pair only, so that
+repeated texts, warm-up of a tenth; in float32, as is its default, or with `bf16=True` and a copy in
+bfloat16 that encodes. It knows one positive a pair only, so that
 each pass over the rows draws one label of each. Learning rates are tried for a tenth of the minutes
 each; the best one trains for what is left. The number of steps follows from the time of the first
 ones, so that the learning rate has gone down to zero at the end.
@@ -54,7 +55,8 @@ def minilm(max_length: int) -> SentenceTransformer:
 
 
 def vectors(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
-    return model.encode(texts, batch_size=64, normalize_embeddings=True)
+    reader = copy.deepcopy(model).bfloat16() if read_job()[0].get("bf16") else model
+    return reader.encode(texts, batch_size=64, normalize_embeddings=True)
 
 
 def label_texts(task: Task) -> list[str]:
