@@ -50,6 +50,7 @@ T = TypeVar("T")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+]+")
 _LEAST_GAIN = 1.5  # emulated bfloat16 is below 1, native far above
 _LARGE_BYTES = 64 * 1024**2
+_SAMPLED_EVERY = 16 * 1024**2
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -138,8 +139,12 @@ def check_model_folder(folder: Path) -> None:
 
 
 @contextmanager
-def loading(model: str | Path) -> Iterator[None]:
+def loading(model: str | Path, *, what: str = "model") -> Iterator[None]:
     """Names the model in whatever other libraries raise while they read it.
+
+    Args:
+        model: where it is.
+        what: it is, where it is no model.
 
     Raises:
         ValueError: it cannot be read; a package that is not installed stays an ImportError.
@@ -151,7 +156,7 @@ def loading(model: str | Path) -> Iterator[None]:
     except Exception as error:  # half a file, no network, no such name: each fails in its own way
         line = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
-            f"model {str(model)!r} cannot be loaded ({type(error).__name__}: {line}); check the name, "
+            f"{what} {str(model)!r} cannot be loaded ({type(error).__name__}: {line}); check the name, "
             "copy or download it again, or give another"
         ) from error
 
@@ -197,16 +202,23 @@ def content_sha(path: Path) -> str:
 def model_sha(source: str | Path, config: Any = None) -> str:
     """Eight hex digits that stand for a model: its files here, or its commit on the hub.
 
-    Of weights, which may be very large, name, size and header count.
+    Files of up to 64 MiB count whole. Of larger ones name, size, the first and the last MiB and 64 KiB
+    every 16 MiB do, which finds another training of the same network, but not one changed number.
     """
     path = local_path(source)
     if path is None:
         return str(getattr(config, "_commit_hash", None) or "unknown")[:8]
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
-            head = content.read(2**20)
-        digest.update(f"{file.name} {file.stat().st_size} ".encode() + head)
+            if size <= _LARGE_BYTES:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+                continue
+            for start in (0, *range(_SAMPLED_EVERY, size, _SAMPLED_EVERY), size - 2**20):
+                content.seek(start)
+                digest.update(content.read(2**16 if 0 < start < size - 2**20 else 2**20))
     return digest.hexdigest()[:8]
 
 

@@ -119,6 +119,8 @@ def test_what_another_library_says_gets_the_name_of_the_model() -> None:
         raise KeyError("\n\nmodel_type\nmore")
     assert "(KeyError: " in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="index 'x' cannot"), models.loading("x", what="index"):
+        raise KeyError("card")
     with pytest.raises(ModuleNotFoundError), models.loading("owner/name"):
         raise ModuleNotFoundError("No module named 'x'", name="x")  # says what to install
 
@@ -165,3 +167,36 @@ def test_smollm2_is_a_plain_bfloat16_folder() -> None:
     assert "quantization_config" not in config
     assert "/" not in config.get("_name_or_path", "")
     assert (folder / "model.safetensors").stat().st_size == pytest.approx(269_060_552, rel=0.001)
+
+
+def test_a_model_is_told_by_all_of_its_weights(tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    found = []
+    for last in (1.0, 2.0):
+        weights = {"a": np.zeros(2**19, np.float32), "b": np.full(4, last, np.float32)}
+        save_file(weights, tmp_path / "model.safetensors")
+        raw = (tmp_path / "model.safetensors").read_bytes()
+        found.append((models.model_sha(tmp_path), raw[: 2**20], len(raw)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1:] == found[1][1:]
+    assert models.model_sha(tmp_path) == found[1][0]
+
+
+def test_of_large_weights_the_ends_and_samples_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_LARGE_BYTES", 2**20)
+    path, size = tmp_path / "model.safetensors", 2**25 + 5
+    where = [None, 0, 2**20 - 1, 2**24, 2**24 + 2**16 - 1, size - 2**20, size - 1, 2**21]
+    found = []
+    for at in where:
+        with path.open("wb") as file:
+            file.truncate(size)
+            if at is not None:
+                file.seek(at)
+                file.write(b"x")
+        found.append(models.model_sha(path))
+    assert found[0] == found[-1]  # which nobody reads
+    assert len(set(found)) == len(where) - 1

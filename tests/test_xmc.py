@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import List, Value
 from scipy.sparse import csr_array
 
 from llmlabel import progress, xmc
-from llmlabel.data import label_csr, plain_words
+from llmlabel.data import label_csr, plain_words, with_columns
 from llmlabel.softlabels import SoftLabels
+from llmlabel.xmc import files as files_module
 from llmlabel.xmc.files import (
     read_features,
     read_label_matrix,
@@ -306,12 +308,25 @@ def test_matrices_are_read_as_they_were_written(tmp_path: Path, seed: int) -> No
     assert (read_label_matrix(tmp_path / "train.txt") != gold).nnz == 0
 
 
+def test_a_block_of_empty_rows_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_BLOCK_LINES", 2)
+    rows = ["0:1", "", "", " ", "", "2:0.5", "", "", "1:3"]
+    expected = np.zeros((9, 3))
+    expected[[0, 5, 8], [0, 2, 1]] = 1, 0.5, 3
+    (tmp_path / "f.txt").write_text("\n".join(["9 3", *rows]) + "\n")
+    np.testing.assert_array_equal(read_features(tmp_path / "f.txt").toarray(), expected)
+    (tmp_path / "f.txt").write_text("3 3\n\n\n\n")
+    assert read_label_matrix(tmp_path / "f.txt").nnz == 0
+    (tmp_path / "f.txt").write_text("3 5 3\n 4:1\n 0:2\n\n")  # rows without a label
+    assert read_label_matrix(tmp_path / "f.txt").nnz == 0
+
+
 def test_what_is_exported_is_imported_again(tmp_path: Path) -> None:
     files = {"trn_X_Y.txt": "3 4\n0:0.25 2:1\n\n3:0.3\n", "Y.txt": LABELS, "trn_X.txt": "a\nb\nc\n"}
     out = xmc.import_xmc(folder(tmp_path / "in", files), tmp_path / "out")
     rows, space = xmc.xmc_rows(out), xmc.xmc_labels(out)
     features = csr_array(np.array([[0.0, 2.0], [0, 0], [1, 0]]))
-    again = xmc.export_xmc(rows, space, tmp_path / "again", features=features)
+    again = xmc.export_xmc(rows, space, tmp_path / "again", relevance=True, features=features)
     back = xmc.xmc_rows(xmc.import_xmc(again, tmp_path / "out2"))
     assert back[:] == rows[:]
     assert (again / "train.txt").read_text() == "3 2 4\n0,2 1:2\n\n3 0:1\n"
@@ -321,6 +336,11 @@ def test_what_is_exported_is_imported_again(tmp_path: Path) -> None:
         xmc.export_xmc(rows, space, tmp_path / "again", features=features[:2])
     with pytest.raises(ValueError, match="split must be one of train, test; got 'dev'"):
         xmc.export_xmc(rows, space, tmp_path / "again", split="dev")
+    xmc.export_xmc(rows, space, again)
+    assert (again / "trn_X_Y.txt").read_text() == "3 4\n0:1 2:1\n\n3:1\n"
+    unknown = with_columns(rows, {"gold": ([[0], None, [3]], List(Value("int32")))})
+    with pytest.raises(ValueError, match="gold of 1 of 3 rows is unknown; take them out"):
+        xmc.export_xmc(unknown, space, again)
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -427,6 +447,10 @@ def test_what_is_broken_is_named(tmp_path: Path, files: dict[str, Content], mess
     [
         ("1 2\n2:1\n", "line 2: 2:1: line 1 says 2 columns, numbered from 0; mend"),
         ("2 2\n0:1\n1:1 0:1 1:2\n", "line 3: 1:2: the number is there twice; keep one"),
+        (
+            "1 4294967296\n2147483648:1\n",
+            "line 2: 2147483648:1: a number must be below 2\\^31; num",
+        ),
         ("1 2\n0:1e39\n", "line 2: 0:1e[+]39: too large for float32; divide all values"),
         ("1 2\n0:1e999\n", "line 2: 0:inf: too large for float32"),
         ("1 2\n0:1 1:2:3\n", "line 2: '1:2:3' is not number:value"),

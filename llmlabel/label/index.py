@@ -33,11 +33,8 @@ LINKS, BUILD, SEARCH = 16, 128, 128
 efSearch is twice the candidates, where these are more than half of it.
 """
 
-_TEXTS = 16_384
-"""Texts encoded at a time."""
-
-_QUERIES = 256
-"""Rows searched for at a time."""
+_TEXTS, _QUERIES = 16_384, 256
+"""Texts encoded at a time, and rows searched for at a time."""
 
 _SLACK = 16
 """Candidates beyond k, so that equal cosines at the border are seen."""
@@ -134,6 +131,14 @@ class LabelIndex:
         return ids, near
 
     @cached_property
+    def sha(self) -> str:
+        """Stands for the vectors of the labels."""
+        digest = hashlib.sha256(self.rows.tobytes())
+        for block in self.vectors:
+            digest.update(np.ascontiguousarray(block).data)
+        return digest.hexdigest()
+
+    @cached_property
     def _owners(self) -> tuple[Int[np.ndarray, " labels"], Int[np.ndarray, " bounds"]]:
         """The labels by vector, and where those of each vector begin."""
         counts = np.bincount(self.rows, minlength=self.size)
@@ -163,13 +168,12 @@ def label_index(
     Raises:
         ValueError: a label has a vector that is not finite or has length 0.
     """
-    if search not in get_args(Search):
-        raise ValueError(f"search must be one of {', '.join(get_args(Search))}; got {search!r}")
+    _check_search(search)
     texts = labels.texts()
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     rows = np.array([row_of[text] for text in texts], dtype=np.int64)
     if search == "hnsw" or (search == "auto" and len(row_of) >= HNSW_FROM):
-        _usearch()  # that it is missing is said before the labels are encoded
+        topk.usearch()  # that it is missing is said before the labels are encoded
     vectors = _encoded(list(row_of), models.load_encoder(encoder))
     return _built(
         LabelIndex(labels, name or encoder_name(encoder, _PROBE), (vectors,), rows), search
@@ -184,6 +188,7 @@ def index_of_vectors(
     search: Search = "auto",
 ) -> LabelIndex:
     """An index of vectors of length 1 that are there already; `encoder` is the name of their maker."""
+    _check_search(search)
     if len(vectors) != len(labels):
         raise ValueError(f"{len(vectors)} vectors do not fit a space of {len(labels)} labels")
     if (row := _bad(vectors)) is not None:
@@ -234,6 +239,7 @@ def updated(index: LabelIndex, labels: LabelSpace, encoder: str | Path | Encoder
 
 def searched(index: LabelIndex, search: Search) -> LabelIndex:
     """With a graph or without, as `search` of `label_index` has it; "auto" leaves what there is."""
+    _check_search(search)
     if search == "auto" or (index.graph is not None) == (search == "hnsw"):
         return index
     return _built(_compact(index), search)
@@ -293,17 +299,18 @@ def load_index(folder: Path, *, labels: LabelSpace | None = None) -> LabelIndex:
             f"given is {labels.fingerprint}; bring it to these labels with llmlabel.label.index."
             "updated, which encodes only new ones, or build it anew"
         )
-    with models.loading(folder):
+    usearch = topk.usearch() if (folder / _GRAPH).is_file() else None
+    with models.loading(folder, what="label index"):
         card = json.loads((folder / _CARD).read_text("utf-8"))
         tensors = load_file(folder / _VECTORS)
-        graph = _usearch().restore(str(folder / _GRAPH)) if card["graph"] else None
-    index = LabelIndex(own, card["encoder"], (tensors["vectors"],), tensors["rows"], graph)
+        graph = usearch.restore(str(folder / _GRAPH)) if usearch and card["graph"] else None
+        index = LabelIndex(own, card["encoder"], (tensors["vectors"],), tensors["rows"], graph)
+        whole = card["labels"] == own.fingerprint and card["graph"] == (graph is not None)
     if (row := _bad(index.vectors[0])) is not None:
         raise ValueError(
             f"label index {folder}: its vector {row} has not length 1; build the index again"
         )
-    whole = card["labels"] == own.fingerprint and len(index.rows) == len(own)
-    whole &= graph is None or len(graph) == index.size
+    whole &= len(index.rows) == len(own) and (graph is None or len(graph) == index.size)
     if not whole or ("sha256" in card and card["sha256"] != _sha256(folder / _VECTORS)):
         raise ValueError(
             f"label index {folder}: its files do not belong together; build the index again"
@@ -335,6 +342,11 @@ def check_encoder(index: LabelIndex, encoder: Encoder) -> None:
 # -------------------------------------------------------------------------------------- building
 
 
+def _check_search(search: str) -> None:
+    if search not in get_args(Search):
+        raise ValueError(f"search must be one of {', '.join(get_args(Search))}; got {search!r}")
+
+
 def _encoded(texts: Sequence[str], encoder: Encoder) -> Float[np.ndarray, "texts width"]:
     parts = [
         unit_vectors(encoder, texts[at : at + _TEXTS]).astype(np.float32)
@@ -360,7 +372,7 @@ def _built(index: LabelIndex, search: Search) -> LabelIndex:
     """With a graph, where one is wanted."""
     if search == "exact" or (search == "auto" and index.size < HNSW_FROM):
         return index
-    graph = _usearch()(
+    graph = topk.usearch()(
         ndim=index.width, metric="cos", dtype="i8", connectivity=LINKS, expansion_add=BUILD
     )
     for block in index.vectors:
@@ -385,13 +397,3 @@ def _sha256(file: Path) -> str:
     """Of all of it, which a copy has too; `models.content_sha` of a large file is of its age."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _usearch() -> Any:
-    try:
-        from usearch.index import Index
-    except ImportError:
-        raise ValueError(
-            "search by a graph needs the package usearch: pip install usearch, or take search='exact'"
-        ) from None
-    return Index

@@ -5,6 +5,7 @@ found by anything that reads them, be it a fusion, a language model or a predict
 `stored_recall`, the ceiling of all that follows.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,11 +174,14 @@ def label_nearest(
     check_sharpness(scale, midpoint, multilabel=index.labels.multilabel)
     name = f"retrieval:{index.encoder}:{index.labels.fingerprint[:8]}"
     kept = ("error",) if "error" in dataset.column_names else ()
+    key = ["label_nearest", name, index.labels.fingerprint, k, scale, midpoint]
+    if output is not None:
+        key += [index.sha, index.graph is not None]
     return map_blocks(
         dataset,
         lambda block: _labelled(block, index, k, scale, midpoint, name),
         columns=LABEL_COLUMNS,
-        key=json.dumps(["label_nearest", name, index.labels.fingerprint, k, scale, midpoint]),
+        key=json.dumps(key),
         reads=("vector", *kept),
         block_rows=block_rows,
         output=output,
@@ -246,9 +250,17 @@ def _towers(model: str | Path | Encoder) -> _Towers:
             return encoder, encoder
 
         return _Towers(name, None, SCALE, one)
-    card = json.loads((folder / "model_card.json").read_text("utf-8"))
+    if not (folder / "encoder").is_dir():
+        raise ValueError(
+            f"model folder {folder}: it is of a student that reads texts alone, not of a dual encoder; "
+            "use the predict function of its trainer, or give a folder of train_dual_encoder"
+        )
+    with models.loading(folder):
+        card = json.loads((folder / "model_card.json").read_text("utf-8"))
+        scale = 1 / float(card["settings"]["temperature"])
+        made_of = models.model_name(card["model"])
     parts = [folder / part for part in ("model_card.json", "encoder", "label_encoder")]
-    shas = "".join(models.model_sha(part) for part in parts if part.exists())
+    shas = " ".join(models.model_sha(part) for part in parts if part.exists())
 
     def both() -> tuple[Encoder, Encoder]:
         from llmlabel.train.dual_encoder import load_dual_encoder
@@ -256,8 +268,7 @@ def _towers(model: str | Path | Encoder) -> _Towers:
         dual = load_dual_encoder(folder)
         return dual.texts, dual.labels
 
-    name = f"dual_encoder:{models.model_name(card['model'])}@{shas[:16]}"
-    scale = 1 / float(card["settings"]["temperature"])
+    name = f"dual_encoder:{made_of}@{hashlib.sha256(shas.encode()).hexdigest()[:16]}"
     return _Towers(name, load_labels(folder / "labels.json"), scale, both, folder / "index")
 
 

@@ -114,6 +114,11 @@ def fit_fusion(
     first, gold = first.select(usable), gold[usable]
     soft = _aligned(sources, first, labels).values()
     pairs, features = _features([some.probs for some in soft], _frequency(training, labels))
+    if not len(features):
+        raise ValueError(
+            f"no source ({', '.join(sources)}) stores a label for any of the {len(usable)} rows with "
+            "gold, so there is nothing to weigh; look at their `error`"
+        )
     hits = np.asarray(gold[pairs[0], pairs[1]] > 0, dtype=np.float64).ravel()
     weights, bias, nll = _fitted(
         features, hits, pairs[0], len(usable), multilabel=labels.multilabel

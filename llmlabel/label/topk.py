@@ -122,3 +122,14 @@ def named(
     keys = np.where(there, found.keys.astype(np.int64), -1)[:-1]
     known: np.ndarray = np.where(keys < size, keys, -1)
     return known
+
+
+def usearch() -> Any:
+    """The class of graphs; a ValueError says what is missing."""
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise ValueError(
+            "search by a graph needs the package usearch: pip install usearch, or take search='exact'"
+        ) from None
+    return Index

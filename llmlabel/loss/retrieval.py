@@ -23,6 +23,7 @@ A row without positives has loss 0 and gradient 0: what is true of it is unknown
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +51,10 @@ __all__ = [
     "dense_retrieval_loss",
     "retrieval_loss",
 ]
+
+
+_FAR = 40.0
+"""From here on 1 + exp(-x) is 1, in float64 too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +136,7 @@ def retrieval_loss(  # noqa: PLR0913  # each a plain choice
             f"temperature and alpha must lie above 0 and block must be 1 or more; got {temperature}, "
             f"{alpha} and {block}"
         )
+    _check_loss(loss)
     dtype = torch.promote_types(torch.promote_types(texts.dtype, labels.dtype), torch.float32)
     count = len(labels) + (0 if fixed is None else len(fixed.rows))
     _check_shapes(relevance, len(texts), count)
@@ -169,6 +175,7 @@ def dense_retrieval_loss(
     alpha: float = 2.0,
 ) -> Float[Tensor, " rows"]:
     """`retrieval_loss` of scores that are divided by the temperature, by plain autograd."""
+    _check_loss(loss)
     scores = upcast(scores)
     shape = (len(scores), scores.shape[1])
     _check_shapes(relevance, *shape)
@@ -195,7 +202,8 @@ def dense_retrieval_loss(
         counts, most = _selected(k, left_out, *shape, None)
         counted = counted & (most > counts)
         picked = torch.where(counted, counts, 1)
-        shifted = alpha * scores + _shift(alpha * candidates, picked)[:, None]
+        open_rows = (alpha * candidates).masked_fill(~counted[:, None], 0.0)
+        shifted = alpha * scores + _shift(open_rows, picked)[:, None]
         found = -(targets * logsigmoid(shifted.masked_fill(targets == 0, 0.0))).sum(dim=1)
     return found.masked_fill(~counted, 0.0)
 
@@ -251,6 +259,11 @@ def _compared(
     return logits, targets.masked_fill(empty, 0.0)
 
 
+def _check_loss(loss: str) -> None:
+    if loss not in get_args(RetrievalLoss):
+        raise ValueError(f"loss is one of {', '.join(get_args(RetrievalLoss))}; got {loss!r}")
+
+
 def _check_shapes(relevance: Relevance, rows: int, labels: int) -> None:
     if len(relevance.indptr) != rows + 1:
         raise ValueError(f"relevance is of {len(relevance.indptr) - 1} rows; there are {rows}")
@@ -294,18 +307,27 @@ def _selected(
 
 def _shift(scores: Tensor, counts: Tensor) -> Tensor:
     """Shift t of sum s(scores + t) = K in each row, by bisection; its gradient by implicit derivation."""
-    best = scores.detach().topk(int(counts.max()) + 1, dim=1).values
-    others = (scores > -torch.inf).sum(dim=1) - counts
-    least = others[:, None].clamp(min=1).to(best.dtype).log()
-    low = -best.gather(1, counts[:, None] - 1) - least
-    high = counts[:, None].to(best.dtype).log() - best.gather(1, counts[:, None])
+    given, many = scores.detach(), counts[:, None]
+    best, order = given.topk(int(counts.max()) + 1, dim=1)
+    others = (given > -torch.inf).sum(dim=1, keepdim=True) - many
+    last_in, first_out = best.gather(1, many - 1), best.gather(1, many)
+    low = -last_in - others.clamp(min=1).to(best.dtype).log()
+    high = many.to(best.dtype).log() - first_out
     for _ in range(64):
         middle = (low + high) / 2
-        found = (scores.detach() + middle).sigmoid().sum(dim=1, keepdim=True)
-        low = torch.where(found < counts[:, None], middle, low)
-        high = torch.where(found < counts[:, None], high, middle)
-    shift = (low + high) / 2
-    slopes = torch.sigmoid(scores.detach() + shift) * torch.sigmoid(-scores.detach() - shift)
-    share = slopes / slopes.sum(dim=1, keepdim=True)
-    moved = (share * scores.masked_fill(scores == -torch.inf, 0.0)).sum(dim=1)
-    return shift[:, 0] - (moved - moved.detach())
+        moved = given + middle
+        # counted as 1 or 0 by its sign, less what it lacks: exact where K stand above the rest
+        above = (~moved.signbit()).sum(dim=1, keepdim=True) - many
+        lacking = torch.copysign(moved.abs().neg().sigmoid(), moved).sum(dim=1, keepdim=True)
+        low = torch.where(above < lacking, middle, low)
+        high = torch.where(above < lacking, high, middle)
+    # and where K stand so far above the rest that s(-x) = exp(-x), which may be too small a number
+    is_in = torch.arange(best.shape[1], device=best.device) < many
+    rest = given.scatter(1, order, best.masked_fill(is_in, -torch.inf))
+    level = (-best).masked_fill(~is_in, -torch.inf).logsumexp(dim=1, keepdim=True)
+    level = (level - rest.logsumexp(dim=1, keepdim=True)) / 2
+    is_far = (last_in + level > _FAR) & (first_out + level < -_FAR)
+    shift = torch.where(is_far, level, (low + high) / 2)
+    share = (logsigmoid(given + shift) + logsigmoid(-given - shift)).softmax(dim=1)
+    mean = (share * scores.masked_fill(scores == -torch.inf, 0.0)).sum(dim=1)
+    return shift[:, 0] - (mean - mean.detach())

@@ -9,6 +9,7 @@ act as n labels with weights (a quadrature). Where that is not as exact as the n
 steps over all labels go on from the t that was found.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -54,15 +55,22 @@ def soft_topk(pool: Pool, counts: Tensor, candidates: Tensor) -> Solved:
     at_entries = torch.empty_like(pool.weights)
     shift, spread = solve_shift(pool, counts, candidates - counts, at_entries)
     unsolved = candidates <= counts  # there is no t, and the row does not count
-    shift, spread = shift.masked_fill(unsolved, 0.0), spread.masked_fill(unsolved, 1.0)
+    shift, spread = shift.masked_fill(unsolved, 0.0), spread.masked_fill(unsolved, 0.0)
     margin = at_entries + shift[pool.rows]
     missing = pool.weights * torch.sigmoid(-margin)
     loss = pool.sum_by_row(-pool.weights * logsigmoid(margin))
-    factor = pool.sum_by_row(missing) / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    factor = pool.sum_by_row(missing).log() - spread
+    small = (
+        torch.finfo(spread.dtype).tiny ** 0.8
+    )  # some slopes that matter may be no numbers at all
+    is_far = bool((spread < math.log(small)).any())
 
     def slope(scores: Tensor) -> Tensor:
-        smaller = scores.add_(shift).abs_().neg_().sigmoid_()
-        return smaller.addcmul_(smaller, smaller, value=-1).mul_(factor)
+        smaller = scores.add_(shift).abs_().neg_()
+        if is_far:
+            return (smaller + factor).exp_().mul_(smaller.neg_().sigmoid_().square_())
+        smaller.sigmoid_()
+        return smaller.addcmul_(smaller, smaller, value=-1).mul_(factor.exp())
 
     return Solved(loss, slope, -missing)
 
@@ -70,7 +78,7 @@ def soft_topk(pool: Pool, counts: Tensor, candidates: Tensor) -> Solved:
 def solve_shift(
     pool: Pool, counts: Tensor, others: Tensor, at_entries: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Shift t of sum_j s(score_j + t) = K, and sum_j s'(score_j + t)."""
+    """Shift t of sum_j s(score_j + t) = K, and the logarithm of sum_j s'(score_j + t)."""
     dtype = pool.texts.dtype
     kept = int(counts.max()) + 1 + KEPT if len(counts) else 1
     best, powers = (found.double() for found in _best(pool, kept, at_entries))
@@ -83,7 +91,8 @@ def solve_shift(
     odds = (best[:, -1] + shift).exp()
     if (_off(odds, powers[0]) > sums.rounding(shift, dtype)).any():
         shift, sums = solve(partial(_sums, pool), shift)
-    return shift.to(dtype), sums.spread.to(dtype)
+    spread = sums.spread.clamp(min=torch.finfo(torch.double).tiny)
+    return shift.to(dtype), spread.log().to(dtype)
 
 
 def _solved(
@@ -199,7 +208,7 @@ def _above(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor] | None:
     """Rows and labels of the scores above the least, by rows; None if they are not few."""
     if len(least) == 0 or (least == -torch.inf).any():
         return None
-    near = ((scores - least).amax(dim=1) > 0).nonzero()[:, 0]  # few labels, after some blocks
+    near = (~((scores - least).amax(dim=1) <= 0)).nonzero()[:, 0]  # few labels, after some blocks
     above = scores[near] > least
     if above.sum() > scores.numel() / _FEW:
         return None

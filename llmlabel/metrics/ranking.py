@@ -37,6 +37,12 @@ def ranking_scores(
     Jain et al. 2016 (doi 10.1145/2939672.2939756), section 6. The propensity-scored ones are divided
     by the best that any ranking of the same rows could reach, summed before dividing.
     """
+    _check_ks(ks)
+    if scores.shape != gold.shape:
+        raise ValueError(
+            f"scores are of {scores.shape[0]} rows and {scores.shape[1]} labels, gold of "
+            f"{gold.shape[0]} and {gold.shape[1]}; both must be of the same rows and label space"
+        )
     most = max(ks)
     top, gold = ranked(scores, k=most), csr_array(gold != 0, dtype=np.float64)
     hits = _held(top, gold)
@@ -122,6 +128,8 @@ def ranking_by_frequency(
             f"{scores.shape[1]} labels have scores, {gold.shape[1]} gold and {len(counts)} counts; "
             "all must be of one label space"
         )
+    if k < 1:
+        raise ValueError(f"k must be at least 1, the number of labels that count; got {k}")
     of = frequency_groups(counts, groups=groups)
     true, top = csr_array(gold != 0), ranked(scores, k=k)
     hit = top[_held(top, true)]
@@ -155,7 +163,7 @@ def measure_ranking(
 ) -> dict[str, dict[str, float]]:
     """`ranking_scores` of each source, over its rows whose gold is known, and the recall of all stored.
 
-    What a row lists in `excluded_ids` is not counted, for it or against it.
+    What a row lists in `excluded_ids` is taken out of its ranking; gold that is listed there is not found.
 
     Args:
         sources: name -> rows with `gold` and soft labels.
@@ -169,6 +177,7 @@ def measure_ranking(
     Raises:
         ValueError: a source has no row whose gold is known.
     """
+    _check_ks(ks)
     weights = None
     if training is not None:
         weights = inverse_propensity(label_csr(training, labels), a=a, b=b)
@@ -202,6 +211,11 @@ def without_pairs(scores: csr_array, pairs: Int[np.ndarray, "pairs 2"]) -> csr_a
     keep = ~np.isin(rows * labels + scores.indices, pairs[:, 0] * labels + pairs[:, 1])
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=scores.shape[0]))])
     return csr_array((scores.data[keep], scores.indices[keep], indptr), shape=scores.shape)
+
+
+def _check_ks(ks: tuple[int, ...]) -> None:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be numbers of labels, each at least 1; got {ks}")
 
 
 def _rows(matrix: csr_array) -> Int[np.ndarray, " stored"]:

@@ -135,20 +135,25 @@ def gold_labels(dataset: Dataset, labels: LabelSpace) -> Dataset:
         ValueError: gold of a row is unknown in a multi-label space, where no label means "none".
     """
     found = label_csr(dataset, labels)
-    unknown = [row for row, ids in enumerate(dataset["gold"]) if ids is None]
-    if unknown and labels.multilabel:
-        row = dataset[unknown[0]]
-        raise ValueError(
-            f"gold of the row with id {row.get('id')!r} is unknown; take such rows out, as without "
-            "a label they would say that they have none"
-        )
-    if not labels.multilabel:
+    if labels.multilabel:
+        refuse_unknown_gold(dataset)
+    else:
         found.data /= np.repeat(found.sum(axis=1), np.diff(found.indptr))
     rows = SoftLabels(found, labels.fingerprint, labels.multilabel).add_to(dataset)
     if not labels.multilabel or "error" in dataset.column_names:
         return rows
     # An empty label without an error says that no label is true.
     return with_columns(rows, {"error": ([None] * len(rows), Value("string"))})
+
+
+def refuse_unknown_gold(dataset: Dataset) -> None:
+    """Raises a ValueError that names a row whose gold nobody knows."""
+    for row, ids in enumerate(dataset["gold"][:]):
+        if ids is None:
+            raise ValueError(
+                f"gold of the row with id {dataset[row].get('id')!r} is unknown; take such rows out, as "
+                "without a label they would say that they have none"
+            )
 
 
 def mix_gold(dataset: Dataset, labels: LabelSpace, *, kd_weight: float) -> Dataset:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from llmlabel import models
 from llmlabel.blocks import map_blocks
-from llmlabel.data import require_columns, save
+from llmlabel.calibrate.saved import load_calibrator, save_calibrator
+from llmlabel.calibrate.temperature import MIN_ROWS, apply_temperature, fit_temperature
+from llmlabel.data import label_csr, require_columns, save, with_gold
 from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.loss.longtail import LongTailLoss
 from llmlabel.loss.robust import TargetMemory, early_learning_penalty
@@ -44,6 +46,7 @@ from llmlabel.train.settings import (
     settle_student,
 )
 from llmlabel.train.student import (
+    CALIBRATION,
     Rows,
     label_counts,
     probabilities,
@@ -141,7 +144,7 @@ def train_classifier(  # noqa: PLR0913  # one plain choice each
             save(soft.add_to(Dataset.from_dict({"id": rows.ids})), folder / EARLY)
         return {}
 
-    return train_student(
+    folder = train_student(
         rows,
         labels,
         losses,
@@ -155,6 +158,28 @@ def train_classifier(  # noqa: PLR0913  # one plain choice each
         pos_weight=None if weights is None else weights.numpy(),
         compare=memory.modified if isinstance(memory, LongTailLoss) else None,
     )
+    keep_calibration(folder, validation, labels)
+    return folder
+
+
+def keep_calibration(folder: Path, validation: Dataset | None, labels: LabelSpace) -> None:
+    """Fits a temperature on the validation rows with gold, where there are enough, for `predict`."""
+    from accelerate import PartialState
+
+    if validation is None or "gold" not in validation.column_names:
+        return
+    if not PartialState().is_main_process:
+        return
+    known = with_gold(validation)
+    if "id" not in known.column_names:
+        known = known.add_column("id", [f"row {i}" for i in range(len(known))])
+    named = label_csr(known, labels)
+    usable = np.array([bool((text or "").strip()) for text in known["text"][:]], dtype=bool)
+    if not labels.multilabel:
+        usable &= np.diff(named.indptr) > 0
+    if usable.sum() >= MIN_ROWS:
+        said = predict(known.select(np.flatnonzero(usable)), model=folder)
+        save_calibrator(fit_temperature(said, labels), folder / CALIBRATION)
 
 
 def _label_weights(rows: Rows, labels: LabelSpace) -> Float[Tensor, " labels"]:
@@ -186,6 +211,7 @@ def predict(
     dataset: Dataset,
     *,
     model: Path,
+    calibrated: bool = False,
     pass_tokens: int = 8192,
     block_rows: int = 1024,
     output: Path | None = None,
@@ -195,13 +221,21 @@ def predict(
     Computes in float32; results do not depend on which rows share a pass.
 
     Args:
-        dataset: rows with `text`.
+        dataset: rows with `id` and `text`.
         model: a folder written by `train_classifier`, `distill` or `train_prompt`.
+        calibrated: divides logits by the temperature that `train_classifier` and `distill` fit on
+            `validation` with gold, and keep in the folder. The epoch was chosen on the same rows: where
+            it matters, fit one on others (`llmlabel.calibrate.temperature`).
         pass_tokens: padded tokens computed at a time.
         block_rows: rows committed at a time.
         output: folder that keeps finished blocks.
     """
     require_columns(dataset, "text")
+    if calibrated and not (model / CALIBRATION).is_file():
+        raise ValueError(
+            f"model folder {model}: it has no {CALIBRATION}; train with `validation` that has gold of "
+            f"{MIN_ROWS} rows or more, or leave calibrated out"
+        )
     network, tokenizer, card = load_classifier(model)
     if card["settings"].get("task") == "tokens":
         raise ValueError(
@@ -231,7 +265,7 @@ def predict(
         return with_answers(block, probs, labels, name=name, errors=errors)
 
     digest = student_sha(model)
-    return map_blocks(
+    found = map_blocks(
         dataset,
         compute,
         columns=LABEL_COLUMNS,
@@ -240,3 +274,6 @@ def predict(
         block_rows=block_rows,
         name="predict",
     )
+    if not calibrated:
+        return found
+    return apply_temperature(found, labels, load_calibrator(model / CALIBRATION))

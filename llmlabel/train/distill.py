@@ -32,6 +32,7 @@ from llmlabel.loss.soft import (
     soft_cross_entropy,
 )
 from llmlabel.select.learnable import LLKD
+from llmlabel.train.classifier import keep_calibration
 from llmlabel.train.settings import StudentTraining, settle_student
 from llmlabel.train.student import Rows, csr_sha, train_student, training_rows
 
@@ -121,7 +122,7 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
             return alone * values
         return values * course.weights(said, logits) if select == "llkd" else values
 
-    return train_student(
+    folder = train_student(
         rows,
         labels,
         losses,
@@ -133,6 +134,8 @@ def distill(  # noqa: PLR0913 - each knob of a training is an override of a reci
         after_update=course.end_update,
         told={"gold_rows": int(has_gold.sum()), "gold_sha": csr_sha(gold, has_gold.numpy())},
     )
+    keep_calibration(folder, validation, labels)
+    return folder
 
 
 def _check(given: dict[str, Any], labels: LabelSpace) -> None:

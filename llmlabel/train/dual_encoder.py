@@ -102,6 +102,12 @@ def train_dual_encoder(
         towers = Towers(
             texts, None if label_model is None else load_tower(label_model, max_length=limit)
         )
+        widths = [t.get_embedding_dimension() for t in (towers.texts, towers.labels)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"model {model} has vectors of {widths[0]} numbers, label_model {label_model} of "
+                f"{widths[1]}; give two of one width, or label_model=None"
+            )
         step = _step(towers, rows, labels, dataset, settings)
         objective = Objective(
             towers,

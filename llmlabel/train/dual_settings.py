@@ -5,7 +5,7 @@ from typing import Any, get_args
 from llmlabel.loss.retrieval import RetrievalLoss
 from llmlabel.train.dual_step import Positives
 from llmlabel.train.label_pool import Negatives
-from llmlabel.train.settings import Training, settle
+from llmlabel.train.settings import Training, checked_numbers, settle
 
 
 class DualTraining(Training, total=False):
@@ -56,6 +56,11 @@ def settle_dual(training: DualTraining, labels: int) -> dict[str, Any]:
     )
     if settings["refresh"] is None:
         settings["refresh"] = min(1.0, max(0.01, 256 / labels))
+    settings |= checked_numbers(
+        settings,
+        whole=("top_k", "hard_labels"),
+        others=("temperature", "refresh", "gradient_filter"),
+    )
     for name, kind in (
         ("loss", RetrievalLoss),
         ("positives", Positives),

@@ -18,6 +18,7 @@ from llmlabel.engine import Engine
 from llmlabel.label.judge import judge, probe_auc, probe_pairs
 from llmlabel.label.memory import Answers
 from llmlabel.labelspace import LabelSpace
+from llmlabel.refine.adapt import refuse_unknown_gold
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train.mining import (
     IDS,
@@ -206,13 +207,15 @@ def judged_relevance(dataset: Dataset, labels: LabelSpace, *, answers: Answers =
         answers: see `mine_negatives`.
 
     Raises:
-        ValueError: the labels exclude each other.
+        ValueError: the labels exclude each other, or gold of a row is unknown.
     """
     if not labels.multilabel:
         raise ValueError(
             "relevance is a probability of each label alone; load the labels with multilabel=true"
         )
     require_columns(dataset, "judged_ids", "judged_probs", "excluded_ids", *columns_of(answers))
+    if answers == "gold":
+        refuse_unknown_gold(dataset)
     given = given_labels(dataset, labels, answers)
     rows, ids, probs, left = [], [], [], []
     names = ("judged_ids", "judged_probs", "excluded_ids")

@@ -96,7 +96,7 @@ class LabelPool:
         wanted = min(self.hard_labels, int((~chosen).sum()))
         if wanted:
             chosen[self._hard(texts, given, left_out, chosen, wanted)] = True
-        count = min(self.labels, round(self.refresh * self.labels))
+        count = max(round(self.refresh * self.labels), int(self.refresh > 0))
         in_turn = self._order[(self._turn + np.arange(count)) % self.labels]
         drawn = in_turn[~chosen[in_turn]]
         weights = np.ones(self.labels)

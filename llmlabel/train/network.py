@@ -20,6 +20,7 @@ from torch import Tensor
 from llmlabel import models
 from llmlabel.files import commit, write_text
 from llmlabel.labelspace import LabelSpace, save_labels
+from llmlabel.train.backbones import check_reads_texts, check_targets, see_later_tokens
 from llmlabel.train.max_pooling import largest_scores
 from llmlabel.train.soft_prompt import check_prompted, first_prompt, keys_and_values
 
@@ -42,6 +43,12 @@ class LoRA:
     alpha: int = 32
     dropout: float = 0.1
     targets: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora: r must be at least 1, the rank of the adapters; got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora: dropout must be from 0 to below 1; got {self.dropout}")
 
 
 PAPER_LORA = LoRA()
@@ -165,59 +172,27 @@ def padded(
     return ids, mask
 
 
-def load_backbone(source: str, *, settings: dict[str, Any]) -> Any:
-    """A base model in float32, or in 4 bits, that sees later tokens where `bidirectional` says so."""
+def load_backbone(model: str, *, settings: dict[str, Any]) -> Any:
+    """A base model in float32, or in 4 bits, that sees later tokens where `bidirectional` says so.
+
+    Raises:
+        ValueError: it cannot be loaded, is none of texts, or a setting is not for it.
+    """
     from transformers import AutoModel
 
     given: dict[str, Any] = {"dtype": torch.float32}
     if settings.get("load_in_4bit"):
         given |= {"quantization_config": _four_bits(), "dtype": torch.bfloat16}
-    backbone = AutoModel.from_pretrained(source, **given)
+    source = models.fetch(model)
+    with models.loading(model):
+        backbone = AutoModel.from_pretrained(source, **given)
+    check_reads_texts(backbone, model)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # never used here, and DDP wants every trained weight to be used
     if settings.get("bidirectional"):
         see_later_tokens(backbone, first_layer=settings.get("bidirectional_from", 0))
     backbone.config.use_cache = False
     return backbone
-
-
-def see_later_tokens(backbone: Any, *, first_layer: int = 0) -> None:
-    """Takes the causal mask away (LS-unLLaMA), from one layer upward; padding stays unseen.
-
-    Differs from the reference code, where every token attends to padding too.
-
-    Raises:
-        ValueError: there is no such layer, or the layers cannot be told apart.
-    """
-    if first_layer == 0:
-        backbone.config.is_causal = False
-        return
-    from transformers.masking_utils import create_bidirectional_mask
-
-    layers = getattr(backbone, "layers", None)
-    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise ValueError(
-            f"bidirectional_from={first_layer}: the layers of {type(backbone).__name__} have no "
-            "masks of their own; leave it 0"
-        )
-    if not 0 <= first_layer < len(layers):
-        raise ValueError(f"bidirectional_from={first_layer}: the layers are 0 to {len(layers) - 1}")
-    now: dict[str, Any] = {}
-
-    def remember(module: Any, arguments: Any, named: dict[str, Any]) -> None:
-        now["mask"] = named.get("attention_mask")
-
-    def widen(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = arguments[0] if arguments else named["hidden_states"]
-        mask = create_bidirectional_mask(
-            config=backbone.config, inputs_embeds=hidden, attention_mask=now["mask"]
-        )
-        return arguments, named | {"attention_mask": mask}
-
-    backbone.register_forward_pre_hook(remember, with_kwargs=True)
-    for layer in layers[first_layer:]:
-        layer.self_attn.is_causal = False  # what sdpa goes by where there is no mask
-        layer.register_forward_pre_hook(widen, with_kwargs=True)
 
 
 def _four_bits() -> Any:
@@ -235,12 +210,17 @@ def new_network(model: str, labels: LabelSpace, settings: dict[str, Any]) -> tup
     """An untrained student and its tokenizer; adapters draw from torch's global generator."""
     from transformers import AutoTokenizer
 
+    backbone = load_backbone(model, settings=settings)
     source = models.fetch(model)
     with models.loading(model):
-        backbone = load_backbone(source, settings=settings)
         tokenizer = AutoTokenizer.from_pretrained(source)
     prompt = settings.get("prompt_tokens", 0)
     limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is not None and prompt >= limit:
+        raise ValueError(
+            f"prompt_tokens={prompt} leaves no room for a text in the model's {limit} positions; give "
+            "fewer, such as 50"
+        )
     if limit is not None and settings["max_length"] + prompt > limit:
         what = f" with prompt_tokens={prompt}" if prompt else ""
         raise ValueError(
@@ -264,6 +244,7 @@ def _adapted(
     from peft import LoraConfig, get_peft_model
 
     lora = settings["lora"]
+    check_targets(backbone, lora["targets"])
     config = LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
@@ -301,16 +282,16 @@ def load_classifier(folder: Path) -> tuple[Student, Any, dict[str, Any]]:
     _check_there(folder, _SHARED)
     with models.loading(folder):
         card = json.loads((folder / "model_card.json").read_text("utf-8"))
-        own = _own(card["settings"])
+        own, model = _own(card["settings"]), card["model"]
     _check_there(folder, own)
     if card["settings"].get("load_in_4bit") and not torch.cuda.is_available():
         raise ValueError(
             f"model folder {folder}: it was trained with load_in_4bit=True, so that it can be used only "
             "where there are a GPU and the package bitsandbytes; go there, or train it without"
         )
+    backbone = load_backbone(model, settings=card["settings"])
+    source = models.fetch(model)
     with models.loading(folder):
-        source = models.fetch(card["model"])
-        backbone = load_backbone(source, settings=card["settings"])
         head = load_file(folder / "head.safetensors")
         network: Student
         if "prompt_tokens" in card["settings"]:

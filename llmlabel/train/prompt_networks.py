@@ -162,9 +162,9 @@ def new_reader(model: str, labels: LabelSpace, template: str) -> tuple[LabelRead
     """A reader whose prompt is the words of a template, and its tokenizer."""
     from transformers import AutoTokenizer
 
+    backbone = load_backbone(model, settings={}).eval()
     source = models.fetch(model)
     with models.loading(model):
-        backbone = load_backbone(source, settings={}).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
     words = tokenizer(template, add_special_tokens=False).input_ids
     if not words:

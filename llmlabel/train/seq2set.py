@@ -188,9 +188,9 @@ def predict_label_sets(
 ) -> Dataset:
     """Adds the labels that a decoder of sets says of each text, in the columns that teachers write.
 
-    The probability of a label is the decoder's at the step that said it first; more than all other
-    answers there, it may still be below 0.5, and what counts labels from 0.5 on misses it. A label
-    that was not said is not stored; of a text without an `error`, no label means that none fits.
+    The probability of a label is that of it against "no label" at the step that said it first: 0.5 or
+    more, from where labels of any number count. A label that was not said is not stored; of a text
+    without an `error`, no label means that none fits.
     Computes in float32; results do not depend on which rows share a pass.
 
     Args:
@@ -256,8 +256,12 @@ def label_sets(probs: csr_array, *, places: int) -> Int[Tensor, "rows places"]:
 def said_probs(
     logits: Float[Tensor, "rows steps answers"],
 ) -> Float[np.ndarray, "rows labels"]:
-    """The probability of each label at the step that said it first; 0 where none did."""
-    probs, said = logits.double().softmax(dim=2).max(dim=2)
+    """Of each label against "no label", at the step that said it first; 0 where none did.
+
+    What was said has 0.5 at least, as labels of any number count from there.
+    """
+    highest, said = logits.double().max(dim=2)
+    probs = (highest - logits[:, :, -1].double()).sigmoid()
     found = torch.zeros(len(logits), logits.shape[2], dtype=probs.dtype, device=probs.device)
     for step in reversed(range(logits.shape[1])):  # earlier ones overwrite later ones
         found.scatter_(1, said[:, step : step + 1], probs[:, step : step + 1])

@@ -172,13 +172,13 @@ def load_set_decoder(folder: Path) -> tuple[TextToSet, Any, LabelSpace, dict[str
         ValueError: one of its files is damaged, or its backbone cannot be loaded.
     """
     tensors, labels, card = read_folder(folder, WEIGHTS, trainer="train_seq2set")
-    with models.loading(folder), torch.random.fork_rng():
+    with torch.random.fork_rng():
         backbone, tokenizer = new_backbone(card["model"], labels, card["settings"])
-        network = TextToSet(backbone, tensors["decoder.vectors"][:-1], card["settings"])
-        own = _own(network)
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(tensors[name])
+        with models.loading(folder):
+            network = TextToSet(backbone, tensors["decoder.vectors"][:-1], card["settings"])
+            with torch.no_grad():
+                for name, value in _own(network).items():
+                    value.copy_(tensors[name])
     return network.to(models.best_device()).eval(), tokenizer, labels, card
 
 

@@ -1,8 +1,10 @@
 """How models are trained: the settings of every trainer, their defaults, and what follows from them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -99,6 +101,25 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+_WHOLE = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "pass_tokens",
+    "max_length",
+    "early_stopping_patience",
+    "save_steps",
+    "logging_steps",
+    "seed",
+)
+"""Settings that count something."""
+
+_RATES = ("learning_rate", "head_learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm")
+
+_NULL = tuple(name for name, value in _DEFAULTS.items() if value is None)
+"""Settings that may be null."""
+
 EARLY = "early.parquet"
 """What the network said of the training rows in the early epochs, where that is remembered."""
 
@@ -169,6 +190,7 @@ def settle(training: Training, **defaults: Any) -> dict[str, Any]:
     if unknown := [name for name in training if name not in settings]:
         raise ValueError(f"there is no setting {unknown[0]!r}; there are {', '.join(settings)}")
     settings |= training
+    settings |= checked_numbers(settings, whole=_WHOLE, others=_RATES, null=_NULL)
     if settings["head_learning_rate"] is None:
         settings["head_learning_rate"] = 5 * settings["learning_rate"]
     for name in (
@@ -178,9 +200,9 @@ def settle(training: Training, **defaults: Any) -> dict[str, Any]:
     ):
         if settings[name] is not None and not 0 < settings[name] < float("inf"):
             raise ValueError(f"{name} must be above 0; got {settings[name]}")
-    for name in ("weight_decay", "warmup_ratio"):
-        if not 0 <= settings[name] <= 1:
-            raise ValueError(f"{name} must be between 0 and 1; got {settings[name]}")
+    for name, most in (("weight_decay", 1), ("warmup_ratio", 1), ("seed", 2**63 - 1)):
+        if not 0 <= settings[name] <= most:
+            raise ValueError(f"{name} must be between 0 and {most}; got {settings[name]}")
     for name, kind in (
         ("lr_scheduler_type", Schedule),
         ("dtype", NumberFormat),
@@ -194,6 +216,31 @@ def settle(training: Training, **defaults: Any) -> dict[str, Any]:
     if settings["max_steps"] == 0 or settings["max_steps"] < -1:
         raise ValueError(f"max_steps must be above 0, or -1; got {settings['max_steps']}")
     return settings
+
+
+def checked_numbers(
+    settings: dict[str, Any],
+    *,
+    whole: Sequence[str],
+    others: Sequence[str],
+    null: Sequence[str] = (),
+) -> dict[str, Any]:
+    """These settings as numbers of Python.
+
+    Raises:
+        ValueError: one is no number, or a fraction where something is counted.
+    """
+    found: dict[str, Any] = {}
+    for name in (*whole, *others):
+        value, counts = settings[name], name in whole
+        if value is None and name in null:
+            found[name] = None
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or (counts and value % 1 != 0):
+            raise ValueError(f"{name} must be a {'whole ' * counts}number; got {value!r}")
+        found[name] = int(value) if counts else float(value)  # 2.0 is the habit of transformers
+    return found
 
 
 def _check_tracker(name: str) -> None:

@@ -25,6 +25,9 @@ from llmlabel.train.loop import Memory, Objective, fit, trained
 from llmlabel.train.network import check_output, new_network, padded, save_network
 from llmlabel.train.settings import EARLY
 
+CALIBRATION = "calibration.json"
+"""The temperature of a student, where validation rows with gold were there to fit it."""
+
 Losses = Callable[[Tensor, list[int]], Float[Tensor, " some"]]
 """Logits (rows, labels) and the numbers of their rows -> the loss of each row."""
 
@@ -138,7 +141,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
         compare: the validation loss; null is the cross-entropy.
         name: of the trainer, for progress and errors.
     """
-    check_output(output, settings, others=[EARLY])
+    check_output(output, settings, others=[EARLY, CALIBRATION])
     check_patience(settings, validation)
     seen = validation
     if isinstance(seen, Dataset):
@@ -193,6 +196,7 @@ def train_student(  # noqa: PLR0913 - what is trained, by what, and how
             }
         if keep_more is not None:
             card |= keep_more(output)
+        (output / CALIBRATION).unlink(missing_ok=True)  # of a student that was here before
         save_network(network, str(model), labels, card, output)
         checkpoint.remove(output)
     return output

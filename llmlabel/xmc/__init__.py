@@ -31,7 +31,7 @@ from datasets import Dataset, Features, List, Value
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
-from llmlabel.data import label_csr, require_columns
+from llmlabel.data import label_csr, require_columns, with_gold
 from llmlabel.files import arrow_table, commit, known_encodings, write_text
 from llmlabel.labelspace import LabelSpace, load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
@@ -143,30 +143,38 @@ def export_xmc(
     output: Path,
     *,
     split: str = "train",
+    relevance: bool = False,
     features: csr_array | None = None,
 ) -> Path:
     """Writes trn_X.txt, trn_X_Y.txt and Y.txt (tst_ for the test split), for other programs.
 
     Args:
-        dataset: Rows with `text` and `gold`, and relevances in `label_probs` where it has them.
+        dataset: Rows with `text` and `gold`.
         labels: Their label space; line ends in names and texts become spaces.
         output: The folder.
         split: train or test.
+        relevance: Writes soft labels as relevances instead of gold.
         features: Of each row; with them train.txt or test.txt is written too.
 
     Returns:
         `output`.
+
+    Raises:
+        ValueError: Gold of a row is unknown, which the files cannot say.
     """
     require_columns(dataset, "text", "gold")
     if split not in SHORT:
         raise ValueError(f"split must be one of {', '.join(SHORT)}; got {split!r}")
+    if unknown := len(dataset) - len(with_gold(dataset)):
+        raise ValueError(
+            f"gold of {unknown} of {len(dataset)} rows is unknown; take them out (with_gold), as the "
+            "files would say that they have no label"
+        )
     gold = label_csr(dataset, labels)
-    relevance = gold
-    if "label_probs" in dataset.column_names:
-        relevance = SoftLabels.from_dataset(dataset, labels).probs
+    written = SoftLabels.from_dataset(dataset, labels).probs if relevance else gold
     texts = (row["text"] for row in dataset.select_columns(["text"]))
     files.write_texts(texts, output / f"{SHORT[split]}_X.txt")
-    files.write_matrix(relevance, output / f"{SHORT[split]}_X_Y.txt")
+    files.write_matrix(written, output / f"{SHORT[split]}_X_Y.txt")
     files.write_texts(labels.names, output / "Y.txt")
     if features is not None:
         files.write_matrix(features, output / f"{split}.txt", labels=gold)

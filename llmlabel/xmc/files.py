@@ -169,7 +169,8 @@ def _matrix(path: Path, width: int, *, labels: bool) -> csr_array:
                 text = b" ".join(b"%d:1" % label for label in own) if labels else text
             _refuse_other_than_pairs(text, where)
             texts.append(text)
-        numbers = np.fromstring(b" ".join(texts).replace(b":", b" "), sep=" ")
+        joined = b" ".join(filter(None, texts))  # numpy reads blanks alone as one number
+        numbers = np.fromstring(joined.replace(b":", b" "), sep=" ")
         stored = np.array([text.count(b":") for text in texts])
         lines_of = np.repeat([number for number, _ in block], stored)
         _refuse_bad(path, lines_of, numbers[::2], numbers[1::2], width)
@@ -194,6 +195,7 @@ def _refuse_bad(
     twice[order[1:]] = (np.diff(ids[order]) == 0) & (np.diff(lines_of[order]) == 0)
     for wrong, why in (
         (ids >= width, f"line 1 says {width} columns, numbered from 0; mend line 1 or the number"),
+        (ids >= 2**31, "a number must be below 2^31; number the columns that are used anew"),
         (twice, "the number is there twice; keep one"),
         (np.abs(values) > np.finfo(np.float32).max, "too large for float32; divide all values"),
     ):

@@ -1,6 +1,7 @@
 """The labels nearest to a vector: exact search, the graph, updates, the folder."""
 
 import builtins
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llmlabel.label.index import (
     label_index,
     load_index,
     save_index,
+    searched,
     updated,
 )
 from llmlabel.labelspace import LabelSpace, load_labels
@@ -253,3 +255,54 @@ def test_what_is_no_vector_is_refused(tmp_path: Path) -> None:
         load_index(folder)
     with pytest.raises(ValueError, match="the vector of label 'l1' has not length 1; normalise it"):
         index_of_vectors(space(["a", "b"]), np.array([[1.0, 0.0], [2.0, 0.0]]), encoder="e")
+
+
+def test_an_unknown_search_is_refused() -> None:
+    index = label_index(space(["a", "b"]), Letters())
+    for call, given in (
+        (label_index, {"labels": index.labels, "encoder": Letters()}),
+        (
+            index_of_vectors,
+            {"labels": index.labels, "vectors": index.vectors[0], "encoder": "e"},
+        ),
+        (searched, {"index": index}),
+    ):
+        with pytest.raises(
+            ValueError, match="search must be one of auto, exact, hnsw; got 'faiss'"
+        ):
+            inspect.unwrap(call)(search="faiss", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("index.json", b"{", "JSONDecodeError"),
+        ("index.json", b"{}", "KeyError"),
+        ("vectors.safetensors", b"short", "SafetensorError"),
+    ],
+)
+def test_a_damaged_file_of_an_index_is_said(
+    tmp_path: Path, name: str, content: bytes, why: str
+) -> None:
+    folder = save_index(label_index(space(["a", "b"]), Letters()), tmp_path / "index")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^label index '.*index' cannot be loaded \({why}"):
+        load_index(folder)
+
+
+def test_a_graph_that_is_gone_is_not_searched_without(tmp_path: Path) -> None:
+    index = index_of_vectors(
+        load_labels([f"l{i}" for i in range(60)]), clustered(60, 1), encoder="e", search="hnsw"
+    )
+    folder = save_index(index, tmp_path / "index")
+    (folder / "graph.usearch").unlink()
+    with pytest.raises(ValueError, match="its files do not belong together; build the index again"):
+        load_index(folder)
+
+
+def test_the_sha_is_of_vectors_and_rows_whatever_their_blocks() -> None:
+    index = label_index(space(["a", "b", "c"]), Letters())
+    parts = (index.vectors[0][:1], index.vectors[0][1:])
+    assert LabelIndex(index.labels, "e", parts, index.rows).sha == index.sha
+    assert LabelIndex(index.labels, "e", index.vectors, index.rows[::-1].copy()).sha != index.sha
+    assert label_index(space(["a", "b", "c"]), Letters(salt=1)).sha != index.sha

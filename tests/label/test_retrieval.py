@@ -160,6 +160,30 @@ def test_an_index_is_a_folder_that_other_steps_read(tmp_path: Path) -> None:
         build_label_index(encoder, output=folder)
 
 
+def test_labels_of_another_index_of_the_same_name_are_not_taken(tmp_path: Path) -> None:
+    texts = embed(rows([f"t{i}" for i in range(6)]), Letters())
+    found = []
+    for salt in (0, 1, 0):
+        index = label_index(MANY, Letters(salt=salt), name="mine")
+        near = label_nearest(texts, index, k=3, output=tmp_path / "out")
+        assert near["label_ids"] == label_nearest(texts, index, k=3)["label_ids"]
+        found.append(near["label_ids"][:])
+    assert found[0] != found[1]
+
+
+def test_a_folder_of_a_student_or_with_a_broken_card_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_card.json").write_text('{"model": "m", "settings": {}}')
+    with pytest.raises(
+        ValueError, match=r"it is of a student that reads texts alone, not of a dual"
+    ):
+        label_retrieval(rows(["a"]), model=tmp_path)
+    (tmp_path / "encoder").mkdir()
+    for content, why in (("{", "JSONDecodeError"), ('{"settings": {}}', "KeyError: 'temperature'")):
+        (tmp_path / "model_card.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"^model '.*' cannot be loaded \({why}"):
+            label_retrieval(rows(["a"]), model=tmp_path)
+
+
 def test_what_has_no_meaning_is_refused() -> None:
     texts = rows(["a"])
     with pytest.raises(ValueError, match="labels= is missing: an encoder that nobody trained"):

@@ -206,6 +206,9 @@ def test_what_cannot_be_fused_is_refused() -> None:
     few = {name: rows.select(range(9)) for name, rows in sources.items()}
     refused("a fusion needs at least 10 rows with gold; 9 have it", fit_fusion, few, MANY)
     refused("sources is empty", fit_fusion, {}, MANY)
+    silent = {name: table(np.zeros((30, 8)), MANY, [[0]] * 30) for name in "xy"}
+    said = r"no source \(x, y\) stores a label for any of the 30 rows with gold"
+    refused(said, fit_fusion, silent, MANY)
     shorter = sources | {"b": sources["b"].select(range(5, 30))}
     refused("the row with id 'r0' is not in source 'b'", fit_fusion, shorter, MANY)
     refused("gold rows are training rows too", fit_fusion, sources, MANY, training=sources["a"])

@@ -1,4 +1,6 @@
+import inspect
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +187,35 @@ def test_a_plateau_of_the_soft_top_k_is_exact_in_float32() -> None:
     torch.testing.assert_close(slopes[torch.float32], slopes[torch.float64], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_labels_far_above_the_rest_are_exact_in_float32_in_the_dense_loss(
+    temperature: float,
+) -> None:
+    """The loss of a positive below is that of the shift, half of log(5 / 300) below 0."""
+    cosines = torch.tensor([[1.0] * 5 + [-1.0] * 300])
+    scores = (cosines / temperature).requires_grad_()
+    found = dense_retrieval_loss(scores, relevance_of([{10: 1.0}]), loss="soft_topk", k=5)
+    found.sum().backward()
+    assert found.item() == pytest.approx(2 / temperature + math.log(60) / 2, abs=1e-3)
+    exact = (cosines.double() / temperature).requires_grad_()
+    loss = dense_retrieval_loss(exact, relevance_of([{10: 1.0}]), loss="soft_topk", k=5)
+    (slopes,) = torch.autograd.grad(loss.sum(), exact)
+    torch.testing.assert_close(scores.grad.double(), slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_selects_all_candidates_has_no_gradient_in_the_dense_loss() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 1.0]], requires_grad=True)
+    rows: Rows = [{0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: 1.0}]
+    found = dense_retrieval_loss(scores, relevance_of(rows), loss="soft_topk", k=2)
+    found.sum().backward()
+    assert found[0] == 0
+    assert scores.grad[0].tolist() == [0, 0, 0, 0]
+    alone = scores.detach()[1:].requires_grad_()
+    dense_retrieval_loss(alone, relevance_of(rows[1:]), loss="soft_topk", k=2).sum().backward()
+    torch.testing.assert_close(scores.grad[1:], alone.grad)
+    assert alone.grad.abs().max() > 0.1
+
+
 def test_one_positive_makes_softmax_infonce() -> None:
     texts, labels, _ = random_case(5)
     rows: Rows = [{i % len(labels): 0.3} for i in range(len(texts))]
@@ -341,6 +372,10 @@ def test_bad_input_is_named() -> None:
         retrieval_loss(texts, labels, good, loss="bce")
     with pytest.raises(ValueError, match="temperature and alpha must lie above 0"):
         retrieval_loss(texts, labels, good, temperature=0.0)
+    for call, given in ((retrieval_loss, (texts, labels)), (dense_retrieval_loss, (labels,))):
+        plain: Any = inspect.unwrap(call)  # whose types the tests check before
+        with pytest.raises(ValueError, match=r"loss is one of decoupled_softmax, .*; got 'foo'"):
+            plain(*given, good, loss="foo")
 
 
 def test_only_the_gradients_asked_for_are_computed() -> None:

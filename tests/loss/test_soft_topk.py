@@ -90,3 +90,37 @@ def test_the_bound_of_what_the_nodes_are_off_by(odds: float) -> None:
         off = (found - function((odds * v).log())).abs()
         assert (off <= bound + 1e-12).all()
         assert off.max() > 1e-3 * bound.max() or bound.max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_no_number_changes_no_other(kind: str) -> None:
+    """The best of the other rows come in blocks in which nothing of this one can be compared."""
+    found = []
+    for broken in (False, True):
+        texts, pool, relevance = case(kind, torch.float32, 4)
+        given = texts.detach().clone()
+        given[2] = torch.nan if broken else given[2]
+        given.requires_grad_()
+        loss = retrieval_loss(
+            given, pool, relevance, loss="soft_topk", k=3, temperature=1.0, block=40
+        )
+        keep = torch.arange(ROWS) != 2
+        (slopes,) = torch.autograd.grad(loss.sum(), given)
+        assert bool(loss[2].isnan()) == broken
+        found.append((loss.detach()[keep], slopes[keep]))
+    for plain, beside in zip(*found, strict=True):
+        assert torch.equal(plain, beside)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
+def test_labels_far_above_the_rest_are_pulled_down_in_float32(temperature: float) -> None:
+    """Whose slopes before they are divided by their sum are too small for the format."""
+    pool = torch.tensor([1.0] * 5 + [-1.0] * 300)[:, None].requires_grad_()
+    relevance = Relevance(torch.tensor([0, 1]), torch.tensor([10]), torch.tensor([1.0]))
+    found = retrieval_loss(
+        torch.ones(1, 1), pool, relevance, loss="soft_topk", k=5, temperature=temperature
+    )
+    (slopes,) = torch.autograd.grad(found.sum(), pool)
+    torch.testing.assert_close(
+        slopes[:5, 0] * temperature, torch.full((5,), 0.2), rtol=1e-3, atol=0
+    )

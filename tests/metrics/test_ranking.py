@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -143,6 +145,26 @@ def test_labels_by_frequency_say_what_does_not_fit() -> None:
         frequency_groups(np.array([1]), groups=0)
     with pytest.raises(ValueError, match="a label cannot be gold -2 times; give counts"):
         frequency_groups(np.array([1, -2]))
+    for given, message in (
+        ({"k": 0}, "k must be at least 1, the number of labels that count; got 0"),
+        ({"k": 1, "groups": 0}, "groups must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ranking_by_frequency(matrix, matrix, np.array([1, 2, 3]), **given)
+
+
+def test_numbers_of_labels_and_shapes_that_do_not_fit_are_said() -> None:
+    matrix = csr_array(np.eye(3))
+    for ks in ((0,), (1, -1), ()):
+        with pytest.raises(ValueError, match="ks must be numbers of labels, each at least 1; got"):
+            ranking_scores(matrix, matrix, ks=ks)
+        with pytest.raises(ValueError, match=r"ks must be numbers .*; got " + re.escape(f"{ks}")):
+            measure_ranking({}, load_labels(["a", "b"]), ks=ks)
+    for other in (csr_array((2, 3)), csr_array((3, 4))):
+        with pytest.raises(
+            ValueError, match=r"scores are of 3 rows and 3 labels, gold of \d and \d; both must"
+        ):
+            ranking_scores(matrix, other)
 
 
 @SEEDS

@@ -1,5 +1,6 @@
 """Training of dual encoders: gradients, negatives, what is remembered, resume, folders, bad input."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llmlabel.labelspace import LabelSpace, load_labels
 from llmlabel.refine.adapt import gold_labels
 from llmlabel.train import loop
 from llmlabel.train.dual_encoder import load_dual_encoder, train_dual_encoder
+from llmlabel.train.dual_settings import settle_dual
 from llmlabel.train.dual_step import relevance
 from llmlabel.train.label_pool import LabelPool
 from llmlabel.train.towers import encode, load_tower, tokens_of
@@ -270,6 +272,13 @@ def test_what_an_update_encodes() -> None:
     assert chosen("cached", none, 2, 0.0, float(share) - 1e-6) == [0, 1, 3]
 
 
+def test_a_share_above_0_is_at_least_one_label() -> None:
+    nothing = csr_array((1, 6))
+    for refresh, count in ((0.0, 0), (0.01, 1), (1.0, 6)):
+        pool = LabelPool("cached", 6, refresh, 0, 0.0, 0.1, torch.eye(6))
+        assert len(pool.choose(torch.zeros(1, 6), nothing, nothing, NONE).ids) == count
+
+
 def test_labels_in_turn_stand_for_all_that_are_not_encoded() -> None:
     texts, given = (
         torch.tensor([[1.0, 0.9, 0, 0, 0, 0]]),
@@ -441,6 +450,39 @@ def test_bad_settings(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(rows, labels, tower, tmp_path / "m", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": "0.05"}, "temperature must be a number; got '0.05'"),
+        ({"temperature": float("nan")}, r"temperature must be between 0\.001 and 100\.0; got nan"),
+        ({"top_k": 2.5}, "top_k must be a whole number; got 2.5"),
+        ({"hard_labels": None}, "hard_labels must be a whole number; got None"),
+        ({"gradient_filter": True}, "gradient_filter must be a number; got True"),
+        ({"refresh": "all"}, "refresh must be a number; got 'all'"),
+    ],
+)
+def test_settings_are_numbers(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(settle_dual)(given, 11)
+    assert inspect.unwrap(settle_dual)({"top_k": np.int64(3), "temperature": 1}, 11)["top_k"] == 3
+
+
+def test_towers_of_other_widths_are_refused(
+    tower: Path, tmp_path: Path, rows: Dataset, labels: LabelSpace
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    wide = SentenceTransformer(str(tower))
+    wide.append(Dense(32, 7))
+    wide.save(str(tmp_path / "wide"), create_model_card=False)
+    with pytest.raises(
+        ValueError,
+        match=r"has vectors of 32 numbers, label_model .*wide of 7; give two of one width",
+    ):
+        train(rows, labels, tower, tmp_path / "m", label_model=tmp_path / "wide")
 
 
 def test_rows_without_a_label_are_left_out_and_counted(

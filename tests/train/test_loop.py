@@ -1,5 +1,6 @@
 """The loop on a network of one layer: every number of it can be computed by hand."""
 
+import inspect
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -341,6 +342,45 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="bidirectional_from=2 has no meaning without bidir"):
         settle_student({"bidirectional_from": 2})
     assert settle_student({"bidirectional_from": 2, "bidirectional": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_steps": 2.5}, "max_steps must be a whole number; got 2.5"),
+        ({"num_train_epochs": 1.5}, "num_train_epochs must be a whole number; got 1.5"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs must be a whole number; got inf"),
+        ({"num_train_epochs": None}, "num_train_epochs must be a whole number; got None"),
+        ({"seed": 1.5}, "seed must be a whole number; got 1.5"),
+        ({"seed": True}, "seed must be a whole number; got True"),
+        ({"seed": -1}, "seed must be between 0 and 9223372036854775807; got -1"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number; got '1e-4'"),
+        ({"learning_rate": None}, "learning_rate must be a number; got None"),
+        ({"weight_decay": float("nan")}, "weight_decay must be between 0 and 1; got nan"),
+    ],
+)
+def test_settings_are_numbers(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        inspect.unwrap(settle)(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_and_whole_floats_are_taken_as_they_are_meant() -> None:
+    given: Any = {
+        "max_steps": 2.0,
+        "seed": np.int64(3),
+        "learning_rate": np.float32(0.5),
+        "save_steps": None,
+        "max_grad_norm": None,
+    }
+    found = inspect.unwrap(settle)(given)
+    assert {name: found[name] for name in given} == {
+        **{"max_steps": 2, "seed": 3, "learning_rate": 0.5},
+        **{"save_steps": None, "max_grad_norm": None},
+    }
+    assert [type(found[name]) for name in ("max_steps", "seed", "learning_rate")] == [
+        *(int, int, float)
+    ]
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -536,6 +536,9 @@ def test_soft_relevance() -> None:
     single = load_labels(["a", "b"])
     with pytest.raises(ValueError, match="load the labels with multilabel=true"):
         judged_relevance(rows, single)
+    unknown = with_columns(rows, {"gold": ([[0, 1], None], INTS)})
+    with pytest.raises(ValueError, match="gold of the row with id 'r1' is unknown"):
+        judged_relevance(unknown, labels)
 
 
 def test_the_scores_of_the_papers_example() -> None:

@@ -5,20 +5,24 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
-from transformers import LlamaModel
+from transformers import LlamaModel, T5Config, T5Model, ViTConfig, ViTModel
 
+from llmlabel.labelspace import load_labels
 from llmlabel.loss.soft import binary_cross_entropy, soft_cross_entropy
 from llmlabel.train import max_pooling
 from llmlabel.train.max_pooling import largest_scores
 from llmlabel.train.network import (
     LabelSupervised,
+    LoRA,
     Pooling,
     TokenSupervised,
     check_output,
     load_backbone,
+    new_network,
     padded,
     pool,
 )
+from llmlabel.train.settings import settle_student
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -246,3 +250,59 @@ def test_a_folder_of_another_kind_of_student_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"adapter_model.safetensors, .* of a student with a prompt;"
     ):
         check_output(tmp_path, prompted)
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_does_not_read_texts_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    small = {"num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    many = {"vocab_size": 30, "decoder_start_token_id": 0, **sizes}
+    seen = {"hidden_size": 8, "intermediate_size": 8, "image_size": 8, "patch_size": 4, **small}
+    for name, model in (
+        ("t5", T5Model(T5Config(**many))),
+        ("eyes", ViTModel(ViTConfig(**seen))),
+    ):
+        folder = save(model, tmp_path / name)
+        message = (
+            rf"^model .*{name}: {type(model).__name__} does not read a text into one vector a t"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_backbone(str(folder), settings={})
+
+
+def test_own_errors_come_as_they_are(tiny_decoder: Path, tmp_path: Path) -> None:
+    labels = load_labels(["a", "b"])
+    given = settle_student({"bidirectional": True, "bidirectional_from": 9})
+    with pytest.raises(ValueError, match=r"^bidirectional_from=9: the layers are 0 to 2$"):
+        new_network(str(tiny_decoder), labels, given)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"^load_in_4bit needs a GPU and the package bitsand"):
+            new_network(str(tiny_decoder), labels, settle_student({"load_in_4bit": True}))
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=rf"^model '{tmp_path}' cannot be loaded \("):
+        new_network(str(tmp_path), labels, given)
+
+
+def test_adapters_that_cannot_be_are_refused(tiny_decoder: Path) -> None:
+    for given, message in (
+        ({"r": 0}, "lora: r must be at least 1, the rank of the adapters; got 0"),
+        ({"dropout": 1.0}, "lora: dropout must be from 0 to below 1; got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LoRA(**given)
+    labels = load_labels(["a", "b"])
+    there = "it has embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$"
+    for targets, missing in ((["q_proj", "zzz"], "zzz"), ("q_proj", "q_proj"), (["j"], "j")):
+        settings = settle_student({"lora": LoRA(targets=targets)})
+        with pytest.raises(
+            ValueError, match=rf"targets=.*: LlamaModel has no layer '{missing}'; {there}"
+        ):
+            new_network(str(tiny_decoder), labels, settings)
+    for targets in (["q_proj", "mlp.up_proj"], r".*\.v_proj"):
+        settings = settle_student({"lora": LoRA(targets=targets)})
+        new_network(str(tiny_decoder), labels, settings)

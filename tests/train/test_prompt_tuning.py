@@ -383,6 +383,11 @@ def test_bad_input(student: Path, tiny_decoder: Path, tiny_encoder: Path, tmp_pa
         ValueError, match=r"max_length=64 with prompt_tokens=449 is more than the 512"
     ):
         train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=449)
+    for tokens in (512, 600):
+        with pytest.raises(
+            ValueError, match=rf"^prompt_tokens={tokens} leaves no room for a text .* 512 positions"
+        ):
+            train(table(), tiny_decoder, tmp_path / "m", prompt_tokens=tokens)
     with pytest.raises(ValueError, match=r"gradient_checkpointing=True.*leave it out"):
         train(table(), tiny_decoder, tmp_path / "m", gradient_checkpointing=True)
     with pytest.raises(ValueError, match=r"there is no setting 'pooling'"):

@@ -83,7 +83,7 @@ def test_set_losses_are_their_formula_in_any_order() -> None:
         torch.testing.assert_close(got, back)
 
 
-def test_a_label_is_said_once_with_the_probability_of_its_first_step() -> None:
+def test_a_label_is_said_once_with_its_probability_against_none_at_its_first_step() -> None:
     logits = torch.log(
         torch.tensor(
             [
@@ -93,7 +93,8 @@ def test_a_label_is_said_once_with_the_probability_of_its_first_step() -> None:
             ]
         )
     )
-    np.testing.assert_allclose(said_probs(logits), [[0.45, 0.6], [0, 0.4], [0, 0]], atol=1e-6)
+    expected = [[0.45 / 0.75, 0.6 / 0.9], [0, 0.4 / 0.7], [0, 0]]
+    np.testing.assert_allclose(said_probs(logits), expected, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- equations
