@@ -38,7 +38,8 @@ def page(work: Path, known: dict[str, Problem]) -> str:
         "",
         "`python benchmarks/xmc.py --work FOLDER --part baselines peers ours losses negatives steps "
         "write --debtags FOLDER --napkinxc PYTHON --omikuji PYTHON --pecos PYTHON "
-        "--sentence-transformers PYTHON`",
+        "--sentence-transformers PYTHON`, where `ours` has `--training` with the settings told below "
+        "(`finna_yso`'s first three lines of ours without: float32)",
         "",
         "Every method is a process of its own on one thread of a machine that other programs used "
         "too. CPU s are seconds of the processor, of the method and its children, from its start to "
@@ -124,7 +125,10 @@ def tried(folder: Path) -> list[str]:
         lines = ["Settings tried, P@1 / P@5 at the held rows:", "", *lines, ""]
     if (found := read(folder, "trained")) is not None:
         card = found["card"]
-        kept = ("loss", "negatives", "positives", "learning_rate", "per_device_train_batch_size")
+        kept = (
+            *("loss", "negatives", "positives", "learning_rate", "per_device_train_batch_size"),
+            *("hard_labels", "refresh", "dtype", "max_length"),
+        )
         chosen = ", ".join(f"{name} {card['settings'][name]}" for name in kept)
         lines += [
             f"Our training: {card['updates']} updates, {card['label_tokens']:,} label tokens encoded; "

@@ -5,7 +5,8 @@
 `frozen` trains nothing. `trained` takes the rows that are not held, for as many updates as the minutes
 leave room for: the time of an update comes from two trainings of a few. Both embed all rows, and fit
 the weights of the fusion on the held rows, of whose labels no source knows at that point; all but
-the encoder then get them too. Each line of the table costs what was used up to there.
+the encoder then get them too. Each line of the table costs what was used up to there, sources by words
+that only the last one needs included.
 
 `one` trains with given settings for a fixed number of updates and leaves the answers of the
 encoder alone; `rows` and `labels` of the job take fewer rows and repeat labels.
@@ -103,28 +104,42 @@ def answers(found: Dataset, space: LabelSpace) -> Answers:
 # ----------------------------------------------------------------------------------------- sources
 
 
-def sources(rows: Rows, known: Dataset, wanted: Dataset, index: LabelIndex) -> dict[str, Dataset]:
+def sources(
+    rows: Rows, known: Dataset, wanted: Dataset, index: LabelIndex, words: dict[str, Dataset]
+) -> dict[str, Dataset]:
     """What each source says of rows that none of them has learned from."""
     return {
         "encoder": label_nearest(wanted, index),
         "memory": label_neighbours(wanted, known, rows.space, **MEMORY),
         "profiles": label_profiles(wanted, known, index),
+        **words,
+    }
+
+
+def by_words(rows: Rows, known: Dataset, wanted: Dataset) -> dict[str, Dataset]:
+    """The sources that need no encoder."""
+    return {
         "words": label_lexical(wanted, known, rows.space),
         "linear": label_linear(wanted, known, rows.space),
     }
 
 
 def ranked(
-    rows: Rows, texts: Encoder, labels: Encoder, found: Results, first: str
+    rows: Rows,
+    texts: Encoder,
+    labels: Encoder,
+    found: Results,
+    first: str,
+    held: dict[str, Dataset],
 ) -> dict[str, Any]:
-    """The encoder alone, with its memory, and with all sources."""
+    """The encoder alone, with its memory, and with all sources; `held` are by words."""
     index = label_index(rows.space, labels)
     new = embed(rows.new, texts)
     found.add(first, label_nearest(new, index), rows.space)
     ready = replace(rows, known=embed(rows.known, texts), new=new)
     parts: dict[str, dict[str, Dataset]] = {
-        "held": sources(ready, ready.learn(), ready.choose(), index),
-        "new": sources(ready, ready.known, new, index),
+        "held": sources(ready, ready.learn(), ready.choose(), index, held),
+        "new": sources(ready, ready.known, new, index, by_words(rows, rows.known, rows.new)),
     }
     weights = {}
     for title, names in (
@@ -144,7 +159,8 @@ def ranked(
 
 def frozen(job: dict[str, Any], rows: Rows) -> None:
     found, encoder = Results(job), minilm(job)
-    found.tell(fusion=ranked(rows, encoder, encoder, found, "zero-shot"))
+    held = by_words(rows, rows.learn(), rows.choose())
+    found.tell(fusion=ranked(rows, encoder, encoder, found, "zero-shot", held))
 
 
 def minilm(job: dict[str, Any]) -> Any:
@@ -160,7 +176,10 @@ def trained(job: dict[str, Any], rows: Rows) -> None:
     encoder, before = minilm(job), cpu_seconds()
     embed(some, encoder)
     each = (cpu_seconds() - before) / len(some)
-    afterwards = 1.2 * each * (len(rows.known) + len(rows.new)) + cpu_of_sources(rows)
+    before = cpu_seconds()
+    held = by_words(rows, rows.learn(), rows.choose())
+    of_words = cpu_seconds() - before  # the others and the fusion take about as long again
+    afterwards = 1.2 * each * (len(rows.known) + len(rows.new)) + 2.5 * of_words
     probes = [probe(job, rows, steps) for steps in PROBES]
     step = (probes[1] - probes[0]) / (PROBES[1] - PROBES[0])
     once = probes[0] - PROBES[0] * step
@@ -168,16 +187,9 @@ def trained(job: dict[str, Any], rows: Rows) -> None:
     steps = max(1, int(left / step))
     folder = train(rows, job, Path(job["work"]) / "trained", steps)
     dual = load_dual_encoder(folder)
-    fusion = ranked(rows, dual.texts, dual.labels, found, "trained")
+    fusion = ranked(rows, dual.texts, dual.labels, found, "trained", held)
     card = {name: dual.card[name] for name in ("updates", "label_tokens", "settings")}
     found.tell(fusion=fusion, card=card, step_s=step, once_s=once, afterwards_s=afterwards)
-
-
-def cpu_of_sources(rows: Rows) -> float:
-    """What the other sources and the fusion take, from one run of the dearest."""
-    before = cpu_seconds()
-    label_linear(rows.choose(), rows.learn(), rows.space)
-    return 5 * (cpu_seconds() - before)
 
 
 def probe(job: dict[str, Any], rows: Rows, steps: int) -> float:
