@@ -25,6 +25,13 @@ def check_targets(backbone: Any, targets: str | list[str]) -> None:
     layers = [name for name, one in modules if getattr(getattr(one, "weight", 0), "ndim", 0) == 2]
     for target in [targets] if isinstance(targets, str) else targets or [""]:
         pattern = target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"lora: targets={targets!r} is no regular expression ({error}); give one, a list of names "
+                "of layers, or 'all-linear'"
+            ) from None
         if not any(re.fullmatch(pattern, name) for name in layers):
             there = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             raise ValueError(

@@ -43,10 +43,11 @@ def read_folder(
 
 def check_labels(folder: Path, labels: LabelSpace, card: dict[str, Any]) -> None:
     """Raises a ValueError if labels.json is not what the model was trained on."""
-    if labels.fingerprint != card["labels"]:
+    trained_on = card.get("labels", "one that its model card does not name")
+    if labels.fingerprint != trained_on:
         raise ValueError(
             f"model folder {folder}: labels.json is of label space {labels.fingerprint}, but the model "
-            f"was trained on {card['labels']}; train it again, or bring its own labels.json back"
+            f"was trained on {trained_on}; train it again, or bring its own labels.json back"
         )
 
 

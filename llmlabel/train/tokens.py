@@ -294,8 +294,9 @@ def _check(span: dict[str, Any], id: Any, text: str, labels: LabelSpace) -> None
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
+    source = models.fetch(model)
     with models.loading(model):
-        tokenizer = AutoTokenizer.from_pretrained(models.fetch(model))
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise ValueError(
             f"model {model}: its tokenizer does not tell where its tokens stand; give a model with a "

@@ -303,6 +303,9 @@ def test_adapters_that_cannot_be_are_refused(tiny_decoder: Path) -> None:
             ValueError, match=rf"targets=.*: LlamaModel has no layer '{missing}'; {there}"
         ):
             new_network(str(tiny_decoder), labels, settings)
+    settings = settle_student({"lora": LoRA(targets="(q_proj")})
+    with pytest.raises(ValueError, match=r"targets='\(q_proj' is no regular expression"):
+        new_network(str(tiny_decoder), labels, settings)
     for targets in (["q_proj", "mlp.up_proj"], r".*\.v_proj"):
         settings = settle_student({"lora": LoRA(targets=targets)})
         new_network(str(tiny_decoder), labels, settings)
