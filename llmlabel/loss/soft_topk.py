@@ -53,17 +53,15 @@ class Sums(NamedTuple):
 def soft_topk(pool: Pool, counts: Tensor, candidates: Tensor) -> Solved:
     """Scores come multiplied by alpha; `counts` is K of each row, of so many candidates."""
     at_entries = torch.empty_like(pool.weights)
-    shift, spread = solve_shift(pool, counts, candidates - counts, at_entries)
+    shift, log_spread = solve_shift(pool, counts, candidates - counts, at_entries)
     unsolved = candidates <= counts  # there is no t, and the row does not count
-    shift, spread = shift.masked_fill(unsolved, 0.0), spread.masked_fill(unsolved, 0.0)
+    shift, log_spread = shift.masked_fill(unsolved, 0.0), log_spread.masked_fill(unsolved, 0.0)
     margin = at_entries + shift[pool.rows]
     missing = pool.weights * torch.sigmoid(-margin)
     loss = pool.sum_by_row(-pool.weights * logsigmoid(margin))
-    factor = pool.sum_by_row(missing).log() - spread
-    small = (
-        torch.finfo(spread.dtype).tiny ** 0.8
-    )  # some slopes that matter may be no numbers at all
-    is_far = bool((spread < math.log(small)).any())
+    factor = pool.sum_by_row(missing).log() - log_spread
+    # then slopes that matter may be too small for the format before they are divided by their sum
+    is_far = bool((log_spread < 0.8 * math.log(torch.finfo(log_spread.dtype).tiny)).any())
 
     def slope(scores: Tensor) -> Tensor:
         smaller = scores.add_(shift).abs_().neg_()
