@@ -52,7 +52,9 @@ def page(work: Path, known: dict[str, Problem]) -> str:
         "Our lines: the encoder alone; with the vote of the 100 nearest rows (`label_neighbours`); and "
         "with `label_profiles`, `label_lexical` and `label_linear` too. `fit_fusion` weighs them on the "
         "held rows. `--training` gives the settings told below each table; with `dtype` bfloat16 the "
-        "untrained encoder is in it as well (Debian debtags; finna_yso's was measured in float32).",
+        "untrained encoder is in it as well (Debian debtags; finna_yso's was measured in float32). On "
+        "Debian debtags the last two lines took longer than the 20 minutes: what follows training was "
+        "foreseen too short on a busy machine.",
         "",
     ]
     for data, problem in known.items():
