@@ -85,7 +85,8 @@ def solve_shift(
     counts = counts.double()
     bracket = -last_in - others.clamp(min=1).double().log(), counts.log() - first_out
     solve = partial(_solved, counts=counts, bracket=bracket, dtype=dtype)
-    shift, sums = solve(partial(_near_sums, best, powers), -(last_in + first_out) / 2)
+    near = partial(_near_sums, *_stand_ins(best, powers))
+    shift, sums = solve(near, -(last_in + first_out) / 2)
     odds = (best[:, -1] + shift).exp()
     if (_off(odds, powers[0]) > sums.rounding(shift, dtype)).any():
         shift, sums = solve(partial(_sums, pool), shift)
@@ -137,14 +138,19 @@ def _sums(pool: Pool, shift: Tensor) -> Sums:
     return Sums(*reduced(sums, pool.group).double())
 
 
-def _near_sums(best: Tensor, powers: Tensor, shift: Tensor) -> Sums:
-    """Of the highest scores and of the few that stand for the others."""
+def _stand_ins(best: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores, and how often each counts: the highest once, and a few that stand for the others."""
     nodes, weights = _nodes(powers)
-    scores = torch.cat([best, best[:, -1:] + nodes.log()], dim=1) + shift[:, None]
-    counts = torch.cat([torch.ones_like(best), weights.T], dim=1)
-    smaller = scores.abs().neg_().sigmoid_()
-    parts = (~scores.signbit(), torch.copysign(smaller, scores), smaller, smaller - smaller**2)
-    return Sums(*((counts * part).sum(dim=1) for part in parts))
+    scores = torch.cat([best, best[:, -1:] + nodes.log()], dim=1)
+    return scores, torch.cat([torch.ones_like(best), weights.T], dim=1)
+
+
+def _near_sums(scores: Tensor, weights: Tensor, shift: Tensor) -> Sums:
+    """Of few labels, weighted."""
+    moved = scores + shift[:, None]
+    smaller = moved.abs().neg_().sigmoid_()
+    parts = (~moved.signbit(), torch.copysign(smaller, moved), smaller, smaller - smaller**2)
+    return Sums(*((weights * part).sum(dim=1) for part in parts))
 
 
 def _nodes(powers: Tensor) -> tuple[Tensor, Tensor]:

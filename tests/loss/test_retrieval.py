@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loss.relevances import Rows, random_case, relevance_of
 from reference import retrieval as reference
 from reference.soft import slope, softmax
 from torch import Tensor
@@ -29,30 +30,6 @@ LOSSES: list[RetrievalLoss] = [
     "kl",
     "symmetric_kl",
 ]
-Rows = list[dict[int, float]]
-
-
-def relevance_of(rows: Rows) -> Relevance:
-    """Relevance of {label: value} of each row."""
-    return Relevance(
-        torch.tensor([0, *np.cumsum([len(row) for row in rows]).tolist()]),
-        torch.tensor([label for row in rows for label in row], dtype=torch.long),
-        torch.tensor([value for row in rows for value in row.values()], dtype=torch.float64),
-    )
-
-
-def random_case(seed: int) -> tuple[Tensor, Tensor, Rows]:
-    """Embeddings with ties; rows with none to all labels stored, some of them left out."""
-    rng = np.random.default_rng(seed)
-    rows, labels, width = int(rng.integers(2, 6)), int(rng.integers(4, 12)), 3
-    pool = rng.normal(size=(labels, width))
-    pool[1] = pool[labels - 1]
-    texts = torch.from_numpy(rng.normal(size=(rows, width))).requires_grad_()
-    relevance: Rows = []
-    for _ in range(rows):
-        ids = rng.choice(labels, int(rng.integers(0, labels + 1)), replace=False)
-        relevance.append({int(i): float(rng.choice([0.0, 0.3, 1.0])) for i in np.sort(ids)})
-    return texts, torch.from_numpy(pool).requires_grad_(), relevance
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -128,92 +105,6 @@ def test_gradients_equal_finite_differences(loss: RetrievalLoss) -> None:
         lambda x, y: retrieval_loss(x, y, relevance, loss=loss, k=2, temperature=0.7, block=2),
         (texts, labels),
     )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_soft_top_k_sums_to_k(seed: int) -> None:
-    """Read from the losses: with one positive, loss = -log z of it."""
-    rng = np.random.default_rng(seed)
-    labels, spread = int(rng.integers(5, 40)), float(rng.choice([1.0, 10.0, 60.0]))
-    line = torch.from_numpy(rng.normal(0, spread, labels))
-    k = int(rng.integers(1, labels))
-    relevance = relevance_of([{label: 1.0} for label in range(labels)])
-    counts = torch.full((labels,), k)
-    for found in (
-        dense_retrieval_loss(line.expand(labels, -1), relevance, loss="soft_topk", k=k),
-        retrieval_loss(
-            torch.ones(labels, 1).double(),
-            line[:, None],
-            relevance,
-            loss="soft_topk",
-            k=counts,
-            temperature=1.0,
-            block=4,
-        ),
-    ):
-        assert found.neg().exp().sum().item() == pytest.approx(k, abs=1e-12)
-
-
-def test_the_number_of_soft_top_k_may_differ_by_row() -> None:
-    texts, labels, _ = random_case(1)
-    rows: Rows = [{0: 1.0, 3: 1.0}] * len(texts)
-    k = torch.arange(len(texts)) % 3 + 1
-    settings = {"loss": "soft_topk", "temperature": 1.0}
-    found = retrieval_loss(texts, labels, relevance_of(rows), k=k, **settings)
-    dense = dense_retrieval_loss(texts @ labels.T, relevance_of(rows), loss="soft_topk", k=k)
-    each = [
-        retrieval_loss(texts[i : i + 1], labels, relevance_of(rows[:1]), k=int(k[i]), **settings)
-        for i in range(len(texts))
-    ]
-    torch.testing.assert_close(found, torch.cat(each))
-    torch.testing.assert_close(found, dense)
-
-
-def test_a_plateau_of_the_soft_top_k_is_exact_in_float32() -> None:
-    """Two labels far above the rest: what they lack to 1 is far below the rounding of 1."""
-    pool = torch.tensor([[30.0], [29.0], [-30.0], [-31.0]])
-    relevance = relevance_of([{2: 1.0}])
-    slopes = {}
-    for dtype in (torch.float32, torch.float64):
-        labels = pool.detach().to(dtype, copy=True).requires_grad_()
-        found = retrieval_loss(
-            torch.ones(1, 1, dtype=dtype), labels, relevance, loss="soft_topk", k=2, alpha=1.0,
-            temperature=1.0,
-        )  # fmt: skip
-        found.sum().backward()
-        slopes[dtype] = labels.grad.double()
-    _, expected = reference.soft_topk([30.0, 29.0, -30.0, -31.0], {2: 1.0}, 2, 1.0)
-    assert slopes[torch.float64][:, 0].tolist() == pytest.approx(expected, rel=1e-9)
-    torch.testing.assert_close(slopes[torch.float32], slopes[torch.float64], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.05, 0.01])
-def test_labels_far_above_the_rest_are_exact_in_float32_in_the_dense_loss(
-    temperature: float,
-) -> None:
-    """The loss of a positive below is that of the shift, half of log(5 / 300) below 0."""
-    cosines = torch.tensor([[1.0] * 5 + [-1.0] * 300])
-    scores = (cosines / temperature).requires_grad_()
-    found = dense_retrieval_loss(scores, relevance_of([{10: 1.0}]), loss="soft_topk", k=5)
-    found.sum().backward()
-    assert found.item() == pytest.approx(2 / temperature + math.log(60) / 2, abs=1e-3)
-    exact = (cosines.double() / temperature).requires_grad_()
-    loss = dense_retrieval_loss(exact, relevance_of([{10: 1.0}]), loss="soft_topk", k=5)
-    (slopes,) = torch.autograd.grad(loss.sum(), exact)
-    torch.testing.assert_close(scores.grad.double(), slopes, rtol=1e-4, atol=1e-6)
-
-
-def test_a_row_that_selects_all_candidates_has_no_gradient_in_the_dense_loss() -> None:
-    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 1.0]], requires_grad=True)
-    rows: Rows = [{0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: 1.0}]
-    found = dense_retrieval_loss(scores, relevance_of(rows), loss="soft_topk", k=2)
-    found.sum().backward()
-    assert found[0] == 0
-    assert scores.grad[0].tolist() == [0, 0, 0, 0]
-    alone = scores.detach()[1:].requires_grad_()
-    dense_retrieval_loss(alone, relevance_of(rows[1:]), loss="soft_topk", k=2).sum().backward()
-    torch.testing.assert_close(scores.grad[1:], alone.grad)
-    assert alone.grad.abs().max() > 0.1
 
 
 def test_one_positive_makes_softmax_infonce() -> None:

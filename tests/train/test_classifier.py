@@ -20,8 +20,6 @@ from train.students import (
     train,
 )
 
-from llmlabel.calibrate.saved import load_calibrator
-from llmlabel.calibrate.temperature import apply_temperature, fit_temperature
 from llmlabel.data import read_parquet, with_columns
 from llmlabel.labelspace import load_labels
 from llmlabel.loss.longtail import LongTailLoss
@@ -136,24 +134,6 @@ def test_training_leaves_the_global_generator_alone(tiny_encoder: Path, tmp_path
     before = torch.random.get_rng_state()
     train(table(), tiny_encoder, tmp_path, num_train_epochs=1, lora=LoRA(r=4))
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_validation_with_gold_calibrates(tiny_encoder: Path, tmp_path: Path) -> None:
-    rows = table()
-    texts = [f"{text} again" for text in rows["text"]] * 6
-    held = Dataset.from_dict({"text": texts, "id": [f"v{i}" for i in range(len(texts))]})
-    held = held.add_column("gold", [[i % 2] for i in range(len(texts))])
-    folder = train(rows, tiny_encoder, tmp_path / "m", validation=held)
-    said = predict(held, model=folder)
-    expected = fit_temperature(said, LABELS)
-    assert load_calibrator(folder / "calibration.json") == expected
-    got = predict(held, model=folder, calibrated=True)
-    scaled = apply_temperature(said, LABELS, expected)
-    assert expected.value < 1  # soft labels of 0.9 and 0.8, and gold is always right
-    assert got["label_probs"][:] == scaled["label_probs"][:] != said["label_probs"][:]
-    train(rows, tiny_encoder, folder, num_train_epochs=1)
-    with pytest.raises(ValueError, match=r"it has no calibration\.json; train with `validation`"):
-        predict(held, model=folder, calibrated=True)
 
 
 def test_bad_input(student: Path, tiny_encoder: Path, tmp_path: Path) -> None:
