@@ -20,6 +20,7 @@ from llmlabel.label.direct import label_direct
 from llmlabel.labelspace import load_labels, save_labels
 from llmlabel.softlabels import SoftLabels
 from llmlabel.train.classifier import predict
+from llmlabel.train.distill import distill
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,18 @@ def test_validation_with_gold_calibrates(tiny_encoder: Path, tmp_path: Path) -> 
     train(rows, tiny_encoder, folder, num_train_epochs=1)
     with pytest.raises(ValueError, match=r"it has no calibration\.json; train with `validation`"):
         predict(held, model=folder, calibrated=True)
+
+
+def test_a_student_of_gold_and_teacher_is_calibrated_too(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows = table().add_column("gold", [[i % 2] for i in range(len(table()))])
+    held = rows.select(range(9)).map(
+        lambda row: {"id": f"v{row['id']}", "text": f"{row['text']} again"}
+    )
+    given = {"model": tiny_encoder, "num_train_epochs": 1, "max_length": 32}
+    few = distill(rows, LABELS, output=tmp_path / "few", validation=held, **given)
+    assert not (few / "calibration.json").exists()  # 9 rows tell no temperature
+    held = rows.map(lambda row: {"id": f"v{row['id']}", "text": f"{row['text']} again"})
+    folder = distill(rows, LABELS, output=tmp_path / "m", validation=held, **given)
+    assert load_calibrator(folder / "calibration.json").rows == len(held)
